@@ -1,0 +1,602 @@
+"""Margins, sentences, the alignment of characters with tokens, segment scores.
+
+The tokenizers are built here, one for each way of turning tokens into text: byte-level BPE,
+words joined by spaces, SentencePiece pieces with byte fallback, BPE with end-of-word marks.
+"""
+
+import functools
+import math
+import random
+import socket
+import time
+
+import nltk
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import teachability
+from teachability import (
+    SOLE_CANDIDATE_MARGIN,
+    segment_scores,
+    sentence_splitter,
+    teacher_margin,
+    token_segments,
+    token_spans,
+)
+
+torch.set_num_threads(1)
+INF, NAN = math.inf, math.nan
+
+TEXTS = [
+    "First, we add 3 and 4. The sum is 7! Is it odd? Yes. The answer is \\boxed{7}.",
+    "Let $x^2 = 2.5$. Then \\[ \\frac{x}{2} \\approx 0.79. \\]\n\nSo $x < 2$. Done",
+    "Code:\n```python\ndef f(x):\n    return x ** 2  # ok!\n```\nIt works. 😀 Fine.",
+    "你好，世界。 Chinese first. Then 🙂🙂 twice. 👩‍👩‍👧 Family! é ü ñ.",
+    "  two spaces lead.  Two  spaces  follow.\n\n\nA tail without an end",
+    "We use e.g. this one. See Fig. 3 and Eq. (2). Pi is 3.14. Next",
+]
+
+
+# --- tokenizers
+
+
+@functools.cache
+def byte_level():
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+
+
+@functools.cache
+def words():
+    vocabulary = ["<eos>", "So", "x", "is", "3", ".", "?", "Then", "Done", "!", "e.g."]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<eos>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()  # decoded by joining with spaces
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+
+
+@functools.cache
+def sentence_piece():
+    pieces = ["▁", "▁▁", "▁First", "▁The", "▁x", "▁is", "a", "e", ".", "!", "?", "你", "So", "▁7"]
+    vocabulary = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
+    vocabulary += [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
+    vocabulary += [(piece, -3.0) for piece in pieces]
+    core = Tokenizer(models.Unigram(vocabulary, 0, byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@functools.cache
+def word_ends():
+    letters = sorted({c for text in TEXTS for c in text if c.isascii() and c.isprintable()})
+    tokens = ["<eos>", *letters, *(f"{c}</w>" for c in letters), "So</w>", "is</w>", "3.</w>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    core = Tokenizer(models.BPE(vocabulary, [], end_of_word_suffix="</w>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.decoder = decoders.BPEDecoder("</w>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+
+
+TOKENIZERS = [byte_level, words, sentence_piece, word_ends]
+
+
+def samples(tokenizer, count, seed):
+    """Token sequences that a student might sample: text, random ids, and text with accidents."""
+    rng = random.Random(seed)
+    canonical = [tokenizer(text)["input_ids"] for text in TEXTS]
+    for i in range(count):
+        length = rng.choice([1, 2, 3, 8, 30, 90])
+        ids = [token for _ in range(3) for token in rng.choice(canonical)]
+        start = rng.randrange(len(ids))
+        ids = ids[start : start + length]
+        if i % 3 == 0:
+            ids = [rng.randrange(len(tokenizer)) for _ in range(length)]
+        if i % 3 == 1:
+            for _ in range(rng.randrange(4)):
+                ids.insert(rng.randrange(len(ids) + 1), rng.randrange(len(tokenizer)))
+        yield ids
+
+
+def naive_spans(tokenizer, ids):
+    """The definition of `token_spans`, with a decode of every prefix."""
+
+    def decode(prefix):
+        return tokenizer.decode(
+            prefix, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    lengths = [len(decode(ids[: t + 1])) for t in range(len(ids))]
+    ends = [min(lengths[t:]) for t in range(len(ids))]
+    return decode(ids), [[a, b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def naive_segments(tokenizer, ids, splitter):
+    text, spans = naive_spans(tokenizer, ids)
+    owner, starts = {}, [start for start, _ in splitter.span_tokenize(text)]
+    for i in range(len(text)):
+        owner[i] = max([n for n, start in enumerate(starts) if start <= i], default=0)
+    segments, current = [], 0
+    for start, end in spans:
+        solid = [i for i in range(start, end) if not text[i].isspace()]
+        if end > start:
+            current = owner[(solid or [start])[0]]
+        segments.append(current)
+    used = sorted(set(segments))
+    return [used.index(segment) for segment in segments]
+
+
+@functools.cache
+def untrained():
+    return sentence_splitter("untrained")[0]
+
+
+def by_segment(tokenizer, ids, splitter=None):
+    """[(tokens' text), ..] per segment; special tokens show as they are."""
+    segment = token_segments(tokenizer, ids, splitter or untrained()).tolist()
+    groups = [[] for _ in range(max(segment) + 1)]
+    for token, number in zip(ids, segment, strict=True):
+        groups[number].append(token)
+    return [tokenizer.decode(group) for group in groups]
+
+
+# --- margin
+
+
+def test_margin_is_best_minus_second_best():
+    logp = torch.tensor([[[-4.0, -0.25, -9.0, -1.5], [-1.0, -1.0, -2.0, -3.0]]])
+    assert torch.equal(teacher_margin(logp), torch.tensor([[1.25, 0.0]]))
+    assert torch.equal(
+        teacher_margin(logp, kind="prob"),
+        torch.tensor([[math.exp(-0.25) - math.exp(-1.5), 0.0]]),
+    )
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, 5, 4), (2, 3, 5, 16), (0, 7, 2)])
+def test_margin_of_any_shape(shape):
+    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    logp = logits.log_softmax(-1)
+    for kind in ("logprob", "prob"):
+        margin = teacher_margin(logp, kind=kind)
+        assert margin.shape == shape[:-1] and not margin.requires_grad
+        assert (margin >= 0).all()
+    sorted_logp = logp.detach().sort(dim=-1, descending=True).values
+    expected = sorted_logp[..., 0] - sorted_logp[..., 1]
+    torch.testing.assert_close(teacher_margin(logp), expected, rtol=0, atol=0)
+    # Only differences count, and the order of the candidates does not.
+    torch.testing.assert_close(teacher_margin(logits), expected)
+    torch.testing.assert_close(teacher_margin(logp.flip(-1) - 1000), expected)
+
+
+def test_margin_is_computed_in_float32():
+    logp = torch.tensor([-0.1, -2.0]).bfloat16()
+    assert teacher_margin(logp).dtype == torch.float32
+    assert teacher_margin(logp).item() == (logp[0].float() - logp[1].float()).item()
+
+
+def test_margin_of_impossible_candidates():
+    logp = torch.tensor([[-1.0, -INF, -INF], [-INF] * 3, [-1.0, -300.0, -INF], [NAN, -1.0, -INF]])
+    margin = teacher_margin(logp)
+    assert margin[:3].tolist() == [pytest.approx(SOLE_CANDIDATE_MARGIN), 0.0, 299.0]
+    assert margin[3].isnan()  # an error upstream stays visible
+    prob = teacher_margin(logp, kind="prob")
+    assert prob[:3].tolist() == pytest.approx([math.exp(-1), 0, math.exp(-1)])
+    assert prob[3].isnan()
+
+
+def test_margin_bad_arguments():
+    with pytest.raises(ValueError, match=r"K >= 2, got shape \(3, 1\)"):
+        teacher_margin(torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="K >= 2"):
+        teacher_margin(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="kind .* 'odds'"):
+        teacher_margin(torch.zeros(3, 2), kind="odds")
+
+
+# --- splitter
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("We use e.g. this. It works.", ["We use e.g. this.", "It works."]),
+        ("See Fig. 3 and Eqs. (1). Pi is 3.14. So?", ["See Fig. 3 and Eqs. (1).",
+                                                     "Pi is 3.14.", "So?"]),
+        ("Dr. Wu et al. agree, i.e. We win! Yes", ["Dr. Wu et al. agree, i.e. We win!", "Yes"]),
+        ("The answer is no. Stop", ["The answer is no.", "Stop"]),
+        ("Then $x = 2$. The answer is \\boxed{2}.", ["Then $x = 2$.",
+                                                    "The answer is \\boxed{2}."]),
+        ("no end", ["no end"]),
+        (" \n", []),
+    ],
+)  # fmt: skip
+def test_untrained_splitter(text, sentences):
+    splitter, name = sentence_splitter("untrained")
+    assert name == "untrained-punkt"
+    assert [text[a:b] for a, b in splitter.span_tokenize(text)] == sentences
+
+
+def test_auto_takes_the_pretrained_when_it_is_there(monkeypatch):
+    pretrained = object()
+    monkeypatch.setattr(teachability, "PunktTokenizer", lambda language: pretrained)
+    for kind in ("auto", "pretrained"):
+        assert sentence_splitter(kind) == (pretrained, "nltk-punkt-english")
+    assert sentence_splitter("untrained")[1] == "untrained-punkt"
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    def missing(language):
+        raise LookupError
+
+    monkeypatch.setattr(teachability, "PunktTokenizer", missing)
+
+
+def test_missing_data(no_data):
+    assert sentence_splitter("auto")[1] == "untrained-punkt"
+    with pytest.raises(LookupError, match="nltk.downloader punkt_tab"):
+        sentence_splitter("pretrained")
+    with pytest.raises(ValueError, match="kind .* 'spacy'"):
+        sentence_splitter("spacy")
+
+
+def test_download_offline_is_silent_and_falls_back(no_data, monkeypatch, capfd):
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert sentence_splitter("auto", download=True)[1] == "untrained-punkt"
+    with pytest.raises(LookupError):
+        sentence_splitter("pretrained", download=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_download_does_not_wait_forever(no_data, monkeypatch):
+    monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: time.sleep(60))
+    monkeypatch.setattr(teachability, "DOWNLOAD_SECONDS", 0.05)
+    start = time.perf_counter()
+    assert sentence_splitter("auto", download=True)[1] == "untrained-punkt"
+    assert time.perf_counter() - start < 10
+
+
+def test_download_that_succeeds(monkeypatch):
+    installed = []
+
+    def load(language):
+        if not installed:
+            raise LookupError
+        return "pretrained"
+
+    monkeypatch.setattr(teachability, "PunktTokenizer", load)
+    monkeypatch.setattr(nltk, "download", lambda name, **kwargs: installed.append(name))
+    assert sentence_splitter("auto")[1] == "untrained-punkt" and not installed
+    assert sentence_splitter("auto", download=True) == ("pretrained", "nltk-punkt-english")
+    assert installed == ["punkt_tab"]
+
+
+# --- characters of tokens
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_spans_and_segments_are_those_of_every_prefix(make):
+    tokenizer = make()
+    inexact = 0
+    for ids in samples(tokenizer, 240, seed=1):
+        text, spans = token_spans(tokenizer, ids)
+        expected_text, expected = naive_spans(tokenizer, ids)
+        assert text == expected_text
+        assert spans[0, 0] == 0 and spans[-1, 1] == len(text)
+        assert torch.equal(spans[1:, 0], spans[:-1, 1]) and (spans.diff() >= 0).all()
+        if spans.tolist() != expected:
+            inexact += 1
+            assert make is sentence_piece and "\ufffd" in text  # broken bytes, as documented
+        segments = token_segments(tokenizer, ids, untrained())
+        assert segments.tolist() == naive_segments(tokenizer, ids, untrained())
+    assert inexact <= 15
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_blocks_alone_give_the_same_text_positions(make, monkeypatch):
+    """The way out for decoders whose parts do not add up, forced."""
+    monkeypatch.setattr(teachability, "_lengths_by_piece", lambda *args: None)
+    tokenizer = make()
+    for ids in samples(tokenizer, 60, seed=2):
+        text, spans = token_spans(tokenizer, ids)
+        if make is not sentence_piece or "\ufffd" not in text:
+            assert (text, spans.tolist()) == naive_spans(tokenizer, ids)
+        segments = token_segments(tokenizer, ids, untrained())
+        assert segments.tolist() == naive_segments(tokenizer, ids, untrained())
+
+
+class RawBytes:
+    """One token per byte, so that every character outside ASCII is several tokens."""
+
+    def decode(self, ids, **options):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "你好世界" * 30 + "! 好", "🙂 🙂 " * 25, "é" * 100])
+def test_one_token_per_byte(text):
+    decoded, spans = token_spans(RawBytes(), list(text.encode()))
+    assert decoded == text
+    expected, position = [], 0
+    for character in text:
+        expected.append([position, position + 1])
+        position += 1
+        expected += [[position, position]] * (len(character.encode()) - 1)
+    assert spans.tolist() == expected
+    segments = token_segments(RawBytes(), list(text.encode()), untrained())
+    assert segments.tolist() == naive_segments(RawBytes(), list(text.encode()), untrained())
+
+
+@pytest.mark.parametrize("by_piece", [True, False])
+def test_tokens_that_never_end_at_a_character(by_piece, monkeypatch):
+    """Every token ends inside a character, so no block has a clean cut: documented, and bounded.
+    The spans still tile the text, and what follows the run is exact if its text is known."""
+    if not by_piece:
+        monkeypatch.setattr(teachability, "_lengths_by_piece", lambda *args: None)
+
+    class Straddling:
+        def decode(self, ids, **options):
+            data = b"".join((b"\xe4\xb8", b"\xad\xe4\xb8", b"\xad.", b" So")[i] for i in ids)
+            return data.decode("utf-8", errors="replace")
+
+    text, spans = token_spans(Straddling(), [0, *[1] * 200, 2, 3])
+    assert text == "中" * 201 + ". So" and spans[-1, 1] == len(text)
+    assert torch.equal(spans[1:, 0], spans[:-1, 1]) and (spans.diff() >= 0).all()
+    if by_piece:
+        assert spans[-1].tolist() == [202, 205]
+
+
+def test_decoders_that_look_at_their_neighbours():
+    """Text that no sum of parts can give: still monotone, and exact up to one block."""
+
+    class Shouting:  # a letter is a capital if an exclamation mark follows
+        def decode(self, ids, **options):
+            text = "".join("ab! "[i] for i in ids)
+            return text.replace("a!", "A!").replace("b!", "B!")
+
+    ids = [0, 1, 2, 3, 0, 0, 2]
+    assert token_spans(Shouting(), ids)[1].tolist() == naive_spans(Shouting(), ids)[1]
+    text, spans = token_spans(Shouting(), ids * 50)
+    assert spans.tolist() == [[t, t + 1] for t in range(len(text))]
+
+
+@pytest.mark.parametrize("make", [byte_level, sentence_piece, words])
+def test_work_grows_linearly(make):
+    """Counts ids given to decode and characters received; decoding every prefix would give
+    T / 2 per token and more. Measured: up to 8 for text, up to 60 for garbage in blocks."""
+    tokenizer = make()
+
+    class Counting:
+        work = 0
+
+        def decode(self, ids, **options):
+            text = tokenizer.decode(ids, **options)
+            self.work += len(ids) + len(text)
+            return text
+
+    rng = random.Random(3)
+    prose = [token for text in TEXTS for token in tokenizer(text)["input_ids"]]
+    cost = {}
+    for T in (1000, 4000):
+        garbage = [rng.randrange(len(tokenizer)) for _ in range(T)]
+        for kind, ids in (("prose", (prose * T)[:T]), ("garbage", garbage)):
+            counting = Counting()
+            token_spans(counting, ids)
+            cost[kind, T] = counting.work / T
+    assert cost["prose", 1000] < 20 and cost["prose", 4000] < 20
+    assert cost["garbage", 1000] < 150 and cost["garbage", 4000] < 150
+    for kind in ("prose", "garbage"):
+        assert cost[kind, 4000] < 1.3 * cost[kind, 1000] + 1
+
+
+# --- sentences of tokens
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_every_token_is_in_exactly_one_segment(make):
+    tokenizer = make()
+    for ids in samples(tokenizer, 60, seed=4):
+        segment = token_segments(tokenizer, ids, untrained())
+        assert segment.dtype == torch.int64 and segment.shape == (len(ids),)
+        assert segment[0] == 0
+        assert set(segment.diff().tolist()) <= {0, 1}
+
+
+def test_a_leading_space_goes_with_its_word():
+    tokenizer = byte_level()
+    ids = tokenizer("The sum is 7. The answer. Yes")["input_ids"]
+    assert by_segment(tokenizer, ids) == ["The sum is 7.", " The answer.", " Yes"]
+
+
+def test_latex_code_newlines_and_a_tail():
+    tokenizer = byte_level()
+    eos = tokenizer.eos_token_id
+    assert by_segment(tokenizer, [*tokenizer(TEXTS[1])["input_ids"], eos]) == [
+        "Let $x^2 = 2.5$.",
+        " Then \\[ \\frac{x}{2} \\approx 0.79.",
+        " \\]\n\nSo $x < 2$.",
+        " Done<eos>",
+    ]
+    assert by_segment(tokenizer, tokenizer(TEXTS[2])["input_ids"]) == [
+        "Code:\n```python\ndef f(x):\n    return x ** 2  # ok!\n",
+        "```\nIt works.",
+        " 😀 Fine.",
+    ]
+
+
+def test_blank_tokens_stay_before_a_sentence():
+    space, stop, word = 0, 1, 2
+
+    class Three:
+        def decode(self, ids, **options):
+            return "".join((" \n", ".", "So")[i] for i in ids)
+
+    ids = [space, word, stop, space, space, word, stop, space]
+    assert token_segments(Three(), ids, untrained()).tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert token_segments(Three(), [space, space], untrained()).tolist() == [0, 0]
+
+
+def test_special_tokens_go_with_the_token_before():
+    tokenizer = byte_level()
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    one, two = tokenizer("It is.")["input_ids"], tokenizer(" The sum is.")["input_ids"]
+    ids = [pad, *one, pad, pad, *two[:2], pad, *two[2:], eos]
+    expected = [0] * (len(one) + 3) + [1] * (len(two) + 2)
+    assert token_segments(tokenizer, ids, untrained()).tolist() == expected
+    assert token_segments(tokenizer, [eos], untrained()).tolist() == [0]
+    assert token_spans(tokenizer, [pad, eos])[1].tolist() == [[0, 0], [0, 0]]
+
+
+def test_a_character_of_several_tokens_is_not_torn():
+    """The space before an emoji shares a token with the emoji's first byte; it all opens the
+    second sentence, although the first token on its own shows a space and a broken byte."""
+    data = "So. 🙂 it is.".encode()
+    pieces = [data[:3], data[3:5], data[5:7], data[7:8], data[8:]]
+
+    class Pieces:
+        def decode(self, ids, **options):
+            return b"".join(pieces[i] for i in ids).decode("utf-8", errors="replace")
+
+    assert token_spans(Pieces(), range(5))[1].tolist() == [[0, 3], [3, 5], [5, 5], [5, 5], [5, 12]]
+    segments = token_segments(Pieces(), list(range(5)), lambda text: [(0, 3), (4, 12)])
+    assert segments.tolist() == [0, 1, 1, 1, 1]
+
+
+def test_a_sentence_without_a_token_is_no_segment():
+    class Long:  # the first token holds one sentence and the whole of the second
+        def decode(self, ids, **options):
+            return "".join(("It is. It was.", " So be it.")[i] for i in ids)
+
+    assert len(list(untrained().span_tokenize("It is. It was. So be it."))) == 3
+    assert token_segments(Long(), [0, 1], untrained()).tolist() == [0, 1]
+
+
+def test_splitters_and_ids_of_any_kind(monkeypatch):
+    tokenizer = byte_level()
+    ids = tokenizer("One. Two. Three.")["input_ids"]
+    expected = token_segments(tokenizer, ids, untrained())
+    assert expected[-1] == 2
+    for given in (tuple(ids), np.array(ids), torch.tensor(ids), torch.tensor(ids).int()):
+        assert torch.equal(token_segments(tokenizer, given, untrained()), expected)
+    function = untrained().span_tokenize
+    assert torch.equal(token_segments(tokenizer, ids, function), expected)
+    assert token_segments(tokenizer, ids, lambda text: [(0, len(text))]).unique().tolist() == [0]
+
+    teachability._default_splitter.cache_clear()
+    calls = []
+    original = teachability.sentence_splitter
+    monkeypatch.setattr(
+        teachability, "sentence_splitter", lambda kind: calls.append(kind) or original(kind)
+    )
+    for _ in range(3):
+        assert torch.equal(token_segments(tokenizer, ids), expected)
+    assert calls == ["auto"]
+
+
+def test_no_tokens():
+    for empty in ([], torch.zeros(0, dtype=torch.int64), np.array([], dtype=int)):
+        segment = token_segments(byte_level(), empty, untrained())
+        assert segment.shape == (0,) and segment.dtype == torch.int64
+        text, spans = token_spans(byte_level(), empty)
+        assert text == "" and spans.shape == (0, 2)
+
+
+@pytest.mark.parametrize("ids", [3, [[1, 2], [3, 4]], torch.zeros(1, 3, dtype=torch.int64), [0.5]])
+def test_ids_of_the_wrong_shape(ids):
+    with pytest.raises(ValueError, match="ids_T must be 1-D integers"):
+        token_segments(byte_level(), ids, untrained())
+
+
+# --- scores
+
+
+def test_scores_against_a_loop():
+    rng = random.Random(5)
+    for _ in range(100):
+        segment = [0]
+        for _ in range(rng.randrange(60)):
+            segment.append(segment[-1] + (rng.random() < 0.3))
+        margin = torch.tensor([rng.expovariate(0.5) for _ in segment])
+        include = [rng.random() < 0.6 for _ in segment]
+        for counted in (None, include):
+            expected = []
+            for i in range(segment[-1] + 1):
+                values = [
+                    margin[t].double().item()
+                    for t in range(len(segment))
+                    if segment[t] == i and (counted is None or counted[t])
+                ]
+                expected.append(math.log(1 + sum(values) / len(values)) if values else NAN)
+            scores = segment_scores(margin, torch.tensor(segment), include_T=counted)
+            assert scores.dtype == torch.float64
+            torch.testing.assert_close(
+                scores, torch.tensor(expected).double(), rtol=1e-6, atol=1e-7, equal_nan=True
+            )
+
+
+def test_scores_worked_by_hand():
+    margin, segment = [0.0, 2.0, 5.0, 7.0], [0, 0, 1, 2]
+    assert segment_scores(margin, segment).tolist() == pytest.approx(
+        [math.log(2), math.log(6), math.log(8)], rel=1e-15
+    )
+    some = segment_scores(margin, segment, include_T=[False, True, False, True])
+    assert some[0].item() == pytest.approx(math.log(3)) and some[1].isnan()
+    assert some[2].item() == pytest.approx(math.log(8))
+    assert segment_scores(margin, segment, include_T=[False] * 4).isnan().all()
+    assert segment_scores([], []).shape == (0,)
+    assert segment_scores([INF, 1.0], [0, 1]).tolist() == [INF, math.log(2)]
+
+
+def test_what_is_not_included_may_be_anything():
+    scores = segment_scores([NAN, -3.0, 1.0], [0, 0, 0], include_T=torch.tensor([0, 0, 1]))
+    assert scores.tolist() == [math.log(2)]
+
+
+def test_scores_leave_their_arguments_alone():
+    margin = torch.tensor([1.0, 2.0], requires_grad=True)
+    segment = torch.tensor([0, 1])
+    scores = segment_scores(margin, segment)
+    assert not scores.requires_grad and margin.requires_grad
+    assert segment.tolist() == [0, 1] and margin.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("margin", "segment", "include", "message"),
+    [
+        ([1.0, 2.0], [0], None, r"one length, got shapes .*\(2,\), \(1,\)"),
+        ([1.0, 2.0], [0, 0], [True], "one length"),
+        ([[1.0]], [[0]], None, "must be 1-D"),
+        ([1.0, 2.0], [1, 1], None, "start at 0"),
+        ([1.0, 2.0], [-1, 0], None, "start at 0"),
+        ([1.0, 2.0], [0, 2], None, "grow by 0 or 1"),
+        ([1.0, 2.0, 3.0], [0, 1, 0], None, "grow by 0 or 1"),
+        ([1.0, -0.5], [0, 0], None, "margin_T must be >= 0, got a minimum of -0.5"),
+        ([1.0, NAN], [0, 0], None, "margin_T must be >= 0, got a minimum of nan"),
+    ],
+)
+def test_scores_bad_arguments(margin, segment, include, message):
+    with pytest.raises(ValueError, match=message):
+        segment_scores(margin, segment, include_T=include)
