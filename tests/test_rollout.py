@@ -1,0 +1,210 @@
+"""rollout.generate against `model.generate`, full forwards and exact frequencies."""
+
+import math
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_model
+
+import rollout
+
+PROMPTS = [[5, 6, 7], [1], [9, 8, 7, 6, 5, 4, 3], [3, 3], [2, 2, 2, 2], [40], [41, 8]]
+EOS = [11, 12, 13]
+
+
+def sample(model, prompts=PROMPTS, **more):
+    """`generate` with the defaults of these tests and a fresh generator of a given seed."""
+    seed = more.pop("seed", 0)
+    settings = {"max_new_tokens": 24, "eos_ids": EOS, "pad_id": 0} | more
+    return rollout.generate(
+        model, prompts, generator=torch.Generator().manual_seed(seed), **settings
+    )
+
+
+def response(out, row):
+    """The response ids of one row."""
+    return out.ids_BT[row][out.response_mask_BT[row]].tolist()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch_size", [None, 3, 1])
+def test_greedy_equals_generate_row_by_row(model, implementation, batch_size):
+    model.config._attn_implementation = implementation
+    out = sample(model, temperature=0, batch_size=batch_size)
+    lengths = set()
+    for row, prompt in enumerate(PROMPTS):
+        expected = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=24, eos_token_id=EOS,
+            pad_token_id=0,
+        )[0]
+        used = len(prompt) + len(response(out, row))
+        assert out.ids_BT[row, :used].tolist() == expected.tolist()
+        assert not out.response_mask_BT[row, : len(prompt)].any()
+        assert (out.ids_BT[row, used:] == 0).all()
+        assert out.truncated_B[row] == (expected[-1].item() not in EOS)
+        lengths.add(used - len(prompt))
+    assert len(lengths) > 1, "rows must end at different steps, or retiring is not tested"
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_statistics_equal_one_full_forward(model, temperature):
+    out = sample(model, temperature=temperature, top_k=5, batch_size=3)
+    for row, prompt in enumerate(PROMPTS):
+        used = len(prompt) + len(response(out, row))
+        with torch.no_grad():
+            logits_TV = model(out.ids_BT[row : row + 1, :used]).logits[0]
+        logp_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
+        for t in range(len(prompt), used):
+            here = logp_TV[t - 1]
+            assert abs(out.logp_BT[row, t] - here[out.ids_BT[row, t]]) < 1e-4
+            assert abs(out.entropy_BT[row, t] + (here.exp() * here).sum()) < 1e-4
+            best = here.topk(5)
+            assert torch.allclose(here[out.topk_ids_BTK[row, t]], best.values, atol=1e-4)
+        outside = ~out.response_mask_BT[row]
+        assert (out.logp_BT[row][outside] == 0).all() and (out.entropy_BT[row][outside] == 0).all()
+
+
+def test_response_mask_includes_the_stop_token(model):
+    out = sample(model, max_new_tokens=60)
+    stopped = [row for row in range(len(PROMPTS)) if not out.truncated_B[row]]
+    assert stopped, "some row must stop by itself"
+    for row in stopped:
+        ids = response(out, row)
+        assert ids[-1] in EOS and not set(ids[:-1]) & set(EOS)
+
+
+def test_sampled_frequencies_match_the_softmax():
+    """Chi-square over 40,000 draws of one position; with the seed fixed the verdict is fixed too,
+    and a right sampler fails it for one seed in a million (Wilson-Hilferty, z = 4.75)."""
+    model, draws = tiny_model("qwen3", vocab_size=17), 40_000
+    out = rollout.generate(
+        model, [[3, 4]] * draws, max_new_tokens=1, eos_ids=[], pad_id=0, top_k=1,
+        generator=torch.Generator().manual_seed(1),
+    )
+    with torch.no_grad():
+        expected = draws * torch.softmax(model(torch.tensor([[3, 4]])).logits[0, -1], -1).double()
+    counts = torch.bincount(out.ids_BT[:, 2], minlength=17).double()
+    chi2 = ((counts - expected) ** 2 / expected).sum().item()
+    freedom = 16
+    z = ((chi2 / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    assert abs(z) < 4.75, f"chi2 {chi2:.1f} on {freedom} degrees of freedom"
+    # the same statistic rejects a sampler that cuts the least likely half of the vocabulary
+    cut = expected.clone()
+    cut[expected.argsort()[:8]] = 0
+    cut *= draws / cut.sum()
+    assert ((cut - expected) ** 2 / expected).sum() > 2 * chi2 + 100
+
+
+def test_same_seed_same_rollouts_other_seed_others(model):
+    first, again, other = sample(model), sample(model), sample(model, seed=1)
+    for mine, same in zip(vars(first).values(), vars(again).values(), strict=True):
+        assert torch.equal(mine, same)
+    assert response(first, 0) != response(other, 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_does_not_depend_on_its_neighbours(model, temperature):
+    """Whatever the batch size, the order of refilling and the other rows.  In float64 the noise of
+    batched matrix products is too small to flip a draw."""
+    model = model.double()
+    whole = sample(model, temperature=temperature)
+    for batch_size in (1, 2, 3, 5):
+        out = sample(model, temperature=temperature, batch_size=batch_size)
+        assert [response(out, r) for r in range(len(PROMPTS))] == [
+            response(whole, r) for r in range(len(PROMPTS))
+        ]
+    half = sample(model, PROMPTS[:3], temperature=temperature)
+    assert [response(half, r) for r in range(3)] == [response(whole, r) for r in range(3)]
+
+
+def test_cumulative_sum_never_draws_an_impossible_token():
+    """At both ends of [0, 1): tokens of probability 0 (here ids 0, 2, 4) stay undrawn."""
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).repeat(2, 1)
+    uniform = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    token, logp, entropy, topk = rollout.sample_token(logits, 1.0, uniform, 2)
+    assert token.tolist() == [1, 3]
+    assert torch.allclose(entropy, torch.tensor(2.0).log()) and sorted(topk[0].tolist()) == [1, 3]
+
+
+def test_vocab_size_cuts_the_distribution(model):
+    cut = 20
+    out = sample(model, [[5, 6], [7]], vocab_size=cut, eos_ids=[], top_k=3)
+    ids = out.ids_BT[out.response_mask_BT]
+    assert ids.max() < cut and out.topk_ids_BTK.max() < cut
+    with torch.no_grad():
+        logp_TV = torch.log_softmax(model(out.ids_BT[:1]).logits[0, :, :cut], dim=-1)
+    assert abs(out.logp_BT[0, 2] - logp_TV[1, out.ids_BT[0, 2]]) < 1e-4
+
+
+def test_finished_rows_leave_the_batch(model):
+    """Work follows the live rows: count the rows that the backbone sees."""
+    rows_seen = []
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: rows_seen.append(inputs[0].shape[0])
+    )
+    out = sample(model, max_new_tokens=40)
+    handle.remove()
+    assert sum(rows_seen) == out.response_mask_BT.sum().item()
+
+
+def test_refilling_keeps_the_slots_busy(model):
+    """With 2 slots for 7 rows no step runs empty, and never more than 2 rows decode at once."""
+    rows_seen = []
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: rows_seen.append(inputs[0].shape[0])
+    )
+    out = sample(model, batch_size=2)
+    handle.remove()
+    assert max(rows_seen) == 2 and sum(rows_seen) == out.response_mask_BT.sum().item()
+    # all but the tail, where fewer rows than slots are left, ran full
+    assert rows_seen == sorted(rows_seen, reverse=True)
+
+
+def test_training_mode_is_restored_and_dropout_does_not_act():
+    model = tiny_model("gpt2").train()
+    out = sample(model)
+    assert model.training
+    assert torch.equal(out.ids_BT, sample(model.eval()).ids_BT)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompts": []}, "prompts is empty"),
+        ({"prompts": [[1], []]}, r"prompts\[1\] is empty"),
+        ({"prompts": [[1], [VOCABULARY]]}, r"prompts\[1\] holds ids outside"),
+        ({"prompts": [[1] * 490]}, "514 tokens exceed the model's context of 512"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"temperature": -1.0}, "temperature .* not -1.0"),
+        ({"temperature": math.nan}, "temperature .* not nan"),
+        ({"top_k": 0}, "top_k .* not 0"),
+        ({"top_k": VOCABULARY + 1}, f"top_k .* not {VOCABULARY + 1}"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"vocab_size": VOCABULARY + 1}, f"vocab_size .* not {VOCABULARY + 1}"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        sample(tiny_model("qwen3"), **change)
+
+
+def test_models_that_would_be_sampled_wrongly_are_refused():
+    sliding = {"use_sliding_window": True, "max_window_layers": 0}
+    model = tiny_model("qwen3", sliding_window=16, **sliding)
+    with pytest.raises(ValueError, match="sliding window of 16"):
+        sample(model)
+    # a window that is never reached changes nothing
+    wide = tiny_model("qwen3", sliding_window=64, **sliding)
+    plain = tiny_model("qwen3")
+    assert torch.equal(sample(wide).ids_BT, sample(plain).ids_BT)
+    plain.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="'flash_attention_2' takes no 4D mask"):
+        sample(plain)
+
+
+def test_non_finite_logits_are_reported():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    with pytest.raises(ValueError, match="non-finite logits"):
+        sample(model)
