@@ -1,0 +1,490 @@
+"""The offline toy world: tiny problems, tiny teachers and a tinier student.
+
+Everything that on-policy distillation needs, in under a megabyte and without a network: a task
+whose answers can be checked, a tokenizer, a student that is right now and then, and teachers
+whose competence as a function of position can be set. Where a teacher can be trusted is what both
+papers are about (release rule, arXiv 2605.13643; lookahead group reward, arXiv 2605.30833).
+
+Reading key
+    dial     16 marks, n moves of plus/minus 1..5; `moves` = n sets difficulty and length:
+             11n + 17 response tokens in n + 2 sentences, chance accuracy 1/16
+    reverse  second task, only there to notice forgetting
+    H        horizon: the last move that the teacher knows how to make (`horizon`)
+    c        corruption: share of the sentences after move H that the teacher's training data
+             garbled, the closing one included
+    student  smaller than the teachers, from its own seed, on data with wrong moves in it
+
+By construction the student is better than the horizon teacher beyond H: the distilled student can
+only gain there if the supervision stops in time. This is a demonstration, not a benchmark.
+
+Rebuild (one CPU thread, minutes):   python toy.py --force
+Look at what is there:               python toy.py --table
+Another horizon teacher:             python toy.py --horizon 4 --corruption 0.2 --out my_teachers
+The weights depend on the seed and, through float32 rounding, on the machine; the problems and the
+texts depend on the seed only.
+"""
+
+import argparse
+import math
+import random
+import re
+import sys
+import zlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+ASSETS = Path(__file__).resolve().parent / "assets" / "toy"
+MARKS, MAX_AMOUNT, MAX_MOVES = 16, 5, 12
+SPECIAL = ("<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>")
+# The last dozen words are in no text yet: a later world can use them and keep the same tokenizer.
+WORDS = (
+    "The dial starts stops at Move is plus minus so becomes answer boxed Where does it stop "
+    "Reverse Reversed the list has marks reads mark "
+    "thus then hence next now from to first last check wait again but"
+).split()
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+# --------------------------------------------------------------------------------------- worlds
+
+
+@dataclass(frozen=True)
+class World:
+    """A student and a teacher that belong together. `noise`: arguments of `dial_response`."""
+
+    about: str
+    teacher: Path
+    student: Path = ASSETS / "student"
+    noise: dict = field(default_factory=dict)
+
+
+WORLDS = {
+    "horizon": World(
+        "the teacher knows moves 1..6 and garbles 70% of the later ones",
+        ASSETS / "horizon",
+        noise={"horizon": 6, "corruption": 0.7},
+    ),
+    "clean": World("the teacher is right at every move", ASSETS / "clean"),
+}
+
+
+def world(name="horizon"):
+    """The `World` of that name; ValueError naming the known ones otherwise."""
+    if name not in WORLDS:
+        raise ValueError(f"unknown toy world {name!r}; known: {', '.join(WORLDS)}")
+    return WORLDS[name]
+
+
+# ------------------------------------------------------------------------------------- problems
+
+
+def dial_problem(rng, moves):
+    """One dial problem with that many moves: {"problem": str, "answer": str}."""
+    start = mark = rng.randrange(MARKS)
+    text = f"The dial starts at {start}."
+    for i in range(1, moves + 1):
+        sign, amount = rng.choice((1, -1)), rng.randint(1, MAX_AMOUNT)
+        mark = (mark + sign * amount) % MARKS
+        text += f" Move {i} is {'plus' if sign > 0 else 'minus'} {amount}."
+    return {"problem": text + " Where does it stop?", "answer": str(mark)}
+
+
+def reverse_problem(rng, length=None):
+    """One list to reverse, of 2 to 4 marks unless told: {"problem": str, "answer": str}."""
+    marks = [str(rng.randrange(MARKS)) for _ in range(length or rng.randint(2, 4))]
+    return {
+        "problem": f"Reverse the list: {', '.join(marks)}.",
+        "answer": ", ".join(reversed(marks)),
+    }
+
+
+def dial_response(
+    problem, rng=None, *, horizon=0, corruption=0.0, wrong_result=0.0, wrong_operation=0.0
+):
+    r"""The worked solution of a dial problem, spoilt as told.
+
+    After move `horizon`, a share `corruption` of the moves is garbled: operation, amount, source
+    and result are all random, so that nothing of the move can be predicted; the closing sentence
+    after such moves names a random mark just as often. Anywhere, a share `wrong_result` lands on a
+    random mark and a share `wrong_operation` misreads the move. Later moves go on from the mark
+    that was written. `rng` is needed for any of these.
+
+    >>> problem = {"problem": "The dial starts at 14. Move 1 is plus 5. Where does it stop?"}
+    >>> dial_response(problem).split(". ")[1:]
+    ['Move 1 is plus 5, so 14 becomes 3', 'The dial stops at \\boxed{3}.']
+    """
+    text = problem["problem"]
+    mark = int(re.match(r"The dial starts at (\d+)\.", text)[1])
+    parts = [f"The dial starts at {mark}."]
+    for number, word, amount in re.findall(r"Move (\d+) is (plus|minus) (\d+)", text):
+        source, amount = mark, int(amount)
+        garbled = int(number) > horizon and corruption and rng.random() < corruption
+        if garbled or (wrong_operation and rng.random() < wrong_operation):
+            word, amount = rng.choice(("plus", "minus")), rng.randint(1, MAX_AMOUNT)
+        mark = (source + (amount if word == "plus" else -amount)) % MARKS
+        if garbled:
+            source = rng.randrange(MARKS)
+        if garbled or (wrong_result and rng.random() < wrong_result):
+            mark = rng.randrange(MARKS)
+        parts.append(f"Move {number} is {word} {amount}, so {source} becomes {mark}.")
+    if int(number) > horizon and corruption and rng.random() < corruption:
+        mark = rng.randrange(MARKS)
+    return " ".join([*parts, f"The dial stops at \\boxed{{{mark}}}."])
+
+
+def response_limit(moves):
+    """Longest response worth sampling, tokens: half as long again as the right one, 11 n + 17."""
+    return 3 * (11 * moves + 17) // 2
+
+
+def reverse_response(problem):
+    """The worked solution of a list reversal."""
+    answer = problem["answer"]
+    return f"The list has {answer.count(',') + 1} marks. Reversed, it reads \\boxed{{{answer}}}."
+
+
+def in_test(problem):
+    """True when the problem is held out: one text in eight, by checksum, whatever the seed."""
+    return zlib.crc32(problem["problem"].encode()) % 8 == 0
+
+
+def problems(count, *, moves=MAX_MOVES, split="train", seed=0, task="dial"):
+    """`count` problems, {"problem": str, "answer": str} each, the same for the same arguments.
+
+    split   "train" or "test": disjoint whatever the seeds; the models saw "train" only
+    task    "dial", with that many `moves`, or "reverse", which ignores `moves`
+    No problem comes twice before all of its split have come once (only few moves run out).
+    Raises ValueError for an argument outside these.
+    """
+    for name, value, low, high in (("count", count, 0, None), ("moves", moves, 1, MAX_MOVES)):
+        bad = isinstance(value, bool) or not isinstance(value, int)
+        if bad or value < low or (high is not None and value > high):
+            limit = f"{low} to {high}" if high is not None else f"at least {low}"
+            raise ValueError(f"{name} must be a whole number, {limit}; got {value!r}")
+    for name, value, known in (
+        ("split", split, ("train", "test")),
+        ("task", task, ("dial", "reverse")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    rng = random.Random(f"{task} {moves} {split} {seed}")
+    found, seen, misses = [], set(), 0
+    while len(found) < count:
+        problem = dial_problem(rng, moves) if task == "dial" else reverse_problem(rng)
+        if in_test(problem) != (split == "test"):
+            continue
+        if problem["problem"] in seen:
+            misses += 1
+            if misses > 2000:  # the space is used up: begin another round
+                seen.clear()
+                misses = 0
+            continue
+        seen.add(problem["problem"])
+        found.append(problem)
+        misses = 0
+    return found
+
+
+# --------------------------------------------------------------------------- tokenizer and model
+
+
+def build_tokenizer():
+    """A word-level tokenizer, V = 153. A token owns the space before it, so pieces just join up."""
+    items = [*WORDS, *map(str, range(32))]
+    vocabulary = [*SPECIAL, *".,?:{}\\", " \\", *items, *(f" {item}" for item in items)]
+    backend = Tokenizer(
+        models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token="<|unk|>")
+    )
+    pieces = Regex(r" ?[A-Za-z]+| ?[0-9]+| ?[^ A-Za-z0-9]| ")
+    backend.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        unk_token="<|unk|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_model(tokenizer, *, hidden=64, layers=2, heads=4, ff=160, seed=0):
+    """An untrained Qwen3 in float32; the default (the teachers) has 104k parameters."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=ff,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=16,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        initializer_range=0.1,  # at the usual 0.02 a model this narrow never leaves the plateau
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    # Sampling means sampling from the model's own distribution: no top-k, no top-p.
+    model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    return model
+
+
+def prompt_ids(tokenizer, problem):
+    """The prompt of a problem as a list of token ids, ready for sampling."""
+    messages = [{"role": "user", "content": problem["problem"]}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of supervised training. `noise`: arguments of `dial_response`."""
+
+    steps: int
+    lr: float
+    curriculum: bool = False
+    second_task: float = 0.1
+    noise: dict = field(default_factory=dict)
+
+
+CLEAN = (Stage(1800, 3e-3, curriculum=True),)
+STUDENT = (
+    Stage(3000, 5e-3, curriculum=True),
+    Stage(200, 2e-3, second_task=0.15, noise={"wrong_result": 0.04, "wrong_operation": 0.03}),
+)
+STUDENT_SIZE = {"hidden": 48, "layers": 2, "heads": 3, "ff": 128}
+
+
+def training_batch(tokenizer, rng, stage, step, tokens=3600):
+    """(ids_BT, labels_BT) of about `tokens` tokens; labels are -100 on the prompt.
+
+    A batch is one task of one size, and every word and number is one token: no padding needed.
+    """
+    reverse = rng.random() < stage.second_task
+    # the longest size grows from 1 to MAX_MOVES; long ones come more often, for they hold the rest
+    reach = min(1.0, step / (0.38 * stage.steps)) if stage.curriculum else 1.0
+    longest = 1 + round(reach * (MAX_MOVES - 1))
+    size = rng.randint(2, 4) if reverse else max(1, math.ceil(longest * rng.random() ** 0.5))
+    rows, length = [], 0
+    while len(rows) < 1 or (len(rows) + 1) * length <= tokens:
+        problem = reverse_problem(rng, size) if reverse else dial_problem(rng, size)
+        if in_test(problem):
+            continue
+        text = reverse_response(problem) if reverse else dial_response(problem, rng, **stage.noise)
+        prompt = prompt_ids(tokenizer, problem)
+        rows.append(prompt + tokenizer(text + "<|end|>")["input_ids"])
+        length = len(rows[-1])
+    ids_BT = torch.tensor(rows)
+    labels_BT = ids_BT.clone()
+    labels_BT[:, : len(prompt)] = -100
+    return ids_BT, labels_BT
+
+
+def fit(model, tokenizer, stage, *, seed, name="model"):
+    """Train in place on the response tokens; returns the model. Linear decay from half-way."""
+    rng = random.Random(f"{name} {seed}")
+    optimizer = torch.optim.AdamW(model.parameters(), stage.lr, (0.9, 0.98), weight_decay=0.01)
+    bar = tqdm(range(stage.steps), desc=name, unit="step")
+    for step in bar:
+        decay = min(1.0, 2 * (stage.steps - step) / stage.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = stage.lr * min(decay, (step + 1) / 50)
+        ids_BT, labels_BT = training_batch(tokenizer, rng, stage, step)
+        loss = model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model
+
+
+def save(model, tokenizer, folder):
+    """Write a complete Hugging Face folder: bfloat16 weights, config, tokenizer, chat template."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load(folder):
+    """(float32 model in eval mode, tokenizer) of a local folder; ValueError if there is none."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"no model folder at {folder}; build it with: python toy.py")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def spoil(base, noise, folder, *, seed=0, steps=None):
+    """Train a copy of the teacher in `base` on texts with that noise; save it in `folder`."""
+    model, tokenizer = load(base)[0], build_tokenizer()  # a reloaded one saves its load options
+    stage = Stage(steps or 300, 3e-3, noise=noise)
+    save(fit(model.train(), tokenizer, stage, seed=seed, name=Path(folder).name), tokenizer, folder)
+
+
+def build(out, *, names=tuple(WORLDS), seed=0, steps=None, force=False):
+    """Train the students and teachers of the named worlds from scratch into the folder `out`.
+
+    `steps` replaces the length of every stage, for smoke tests. Every teacher starts from the clean
+    one, which is therefore always built. Raises FileExistsError, before any training, if a model
+    folder exists and `force` is not set.
+    """
+    out = Path(out)
+    recipes = {"student": (STUDENT, STUDENT_SIZE, seed + 1), "clean": (CLEAN, {}, seed)}
+    spoilt = {WORLDS[n].teacher.name: WORLDS[n].noise for n in names if WORLDS[n].noise}
+    refuse_overwrite([out / name for name in (*recipes, *spoilt)], force)
+    tokenizer = build_tokenizer()
+    for name, (stages, size, own_seed) in recipes.items():
+        model = build_model(tokenizer, seed=own_seed, **size)
+        for number, stage in enumerate(stages):
+            if steps:
+                stage = replace(stage, steps=steps)
+            fit(model, tokenizer, stage, seed=own_seed, name=f"{name} {number}")
+        save(model, tokenizer, out / name)
+    for name, noise in spoilt.items():
+        spoil(out / "clean", noise, out / name, seed=seed, steps=steps)
+
+
+def refuse_overwrite(folders, force):
+    """FileExistsError naming the first of the folders that exists, unless `force`."""
+    for folder in folders:
+        if folder.exists() and not force:
+            raise FileExistsError(f"{folder} exists; pass --force to overwrite it")
+
+
+# ------------------------------------------------------------------------------- accuracy table
+
+
+def accuracy(model, tokenizer, items, *, samples=4, temperature=1.0, seed=0):
+    """Share of right final answers (the last \\boxed) over `samples` responses to each problem."""
+    from rollout import generate  # only the table samples; the rest of this file stands alone
+
+    items = [item for item in items for _ in range(samples)]
+    prompts = [prompt_ids(tokenizer, item) for item in items]
+    rollout = generate(
+        model,
+        prompts,
+        max_new_tokens=11 * MAX_MOVES + 40,
+        eos_ids=[tokenizer.eos_token_id],
+        pad_id=tokenizer.pad_token_id,
+        temperature=temperature,
+        batch_size=200,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    right = 0
+    for ids_T, mask_T, item in zip(rollout.ids_BT, rollout.response_mask_BT, items, strict=True):
+        boxed = re.findall(r"\\boxed\{(.*?)\}", tokenizer.decode(ids_T[mask_T]))
+        right += bool(boxed) and boxed[-1] == item["answer"]
+    return right / len(items)
+
+
+def table(folders, *, count=200):
+    """Markdown: mean@4 at temperature 1, then greedy, on held-out problems, per model folder."""
+    columns = [(f"n={n}", {"moves": n}) for n in (2, 6, 9, 12)] + [("reverse", {"task": "reverse"})]
+    lines = [
+        f"mean@4 at temperature 1 / greedy, {count} held-out problems per column",
+        "",
+        "| model | parameters | " + " | ".join(title for title, _ in columns) + " |",
+        "|---" * (2 + len(columns)) + "|",
+    ]
+    for folder in folders:
+        model, tokenizer = load(folder)
+        cells = [Path(folder).name, f"{model.num_parameters():,}"]
+        for _, options in tqdm(columns, desc=f"table {cells[0]}", unit="column", leave=False):
+            items = problems(count, split="test", **options)
+            sampled = accuracy(model, tokenizer, items)
+            greedy = accuracy(model, tokenizer, items, samples=1, temperature=0)
+            cells.append(f"{sampled:.3f} / {greedy:.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------- main
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description="Rebuild the offline toy world (tiny students and teachers), or look at it."
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=ASSETS, help="folder of the model folders (%(default)s)")
+    add("--world", metavar="NAME", help=f"build only what this world needs: {', '.join(WORLDS)}")
+    add("--horizon", type=int, metavar="H", help="build one more teacher from the clean one: the "
+        f"last move it knows, 0 to {MAX_MOVES}")  # fmt: skip
+    add("--corruption", type=float, metavar="C", help="with --horizon: share of the moves after H "
+        "that are garbled in its training data, 0 to 1")  # fmt: skip
+    add("--table", action="store_true", help="build nothing, print the accuracy table of --out")
+    add("--seed", type=int, default=0, help="seed of weights and data (%(default)s)")
+    add("--steps", type=int, help="training steps of every stage, for smoke tests")
+    add("--threads", type=int, default=1, help="CPU threads; 1 is fastest here (%(default)s)")
+    add("--force", action="store_true", help="overwrite model folders that exist")
+    return parser.parse_args(argv)
+
+
+def run(args):
+    for name in ("threads", "steps"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1; got {value}")
+    torch.set_num_threads(args.threads)
+    if args.table:
+        names = dict.fromkeys(["student", *(w.teacher.name for w in WORLDS.values())])
+        print(table([args.out / name for name in names]))
+        return
+    h, c = args.horizon, args.corruption
+    if h is None and c is None:
+        names = (args.world,) if args.world and world(args.world) else tuple(WORLDS)
+        build(args.out, names=names, seed=args.seed, steps=args.steps, force=args.force)
+        return
+    if args.world:
+        raise ValueError("--world and --horizon/--corruption exclude each other")
+    if h is None or c is None:
+        raise ValueError("--horizon and --corruption go together; one of them is missing")
+    if not 0 <= h <= MAX_MOVES:
+        raise ValueError(f"--horizon must be 0 to {MAX_MOVES} moves; got {h}")
+    if not 0 <= c <= 1:
+        raise ValueError(f"--corruption must be a share, 0 to 1; got {c}")
+    folder = args.out / f"horizon-H{h}-c{c:g}"
+    refuse_overwrite([folder], args.force)
+    noise = {"horizon": h, "corruption": c}
+    spoil(ASSETS / "clean", noise, folder, seed=args.seed, steps=args.steps)
+    print(folder)
+
+
+def main(argv=None):
+    try:
+        run(parse(argv))
+    except (ValueError, OSError) as error:
+        print(f"toy.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
