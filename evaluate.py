@@ -1,0 +1,695 @@
+r"""Problems in, figures out: sample a model on checkable problems and count what is right.
+
+    python evaluate.py --toy horizon --samples 8              student and teacher of a toy world
+    python evaluate.py --model out/student --toy horizon      one model on the toy problems
+    python evaluate.py --model Qwen/Qwen3-0.6B --problems math.jsonl --out result.json
+
+Reading key
+    mean@n     accuracy: mean over problems of the share of n samples that are right
+    pass@k     chance that one of k samples is right, unbiased (Chen et al., arXiv 2107.03374)
+    low, high  95% percentile bootstrap over problems (samples of one problem are tied). When all
+               problems score alike it has no width; that is no certainty.
+    problem file   JSONL, per line exactly one of "problem", "prompt" (text) or "messages" (chat),
+               and "answer" (text or number); other keys are ignored
+An answer is the last \boxed{} of a response, else its last number. Comparison is exact after
+normalisation; an installed `math-verify` is asked about the rest, so figures from machines with and
+without it can differ (--out records which).
+"""
+
+import argparse
+import atexit
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import math
+import operator
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import threading
+import urllib.parse
+import urllib.request
+from fractions import Fraction
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import rollout
+import toy
+
+# ------------------------------------------------------------------------- problems and prompts
+
+
+def load_problems(path, *, require_answer=True):
+    """Problems of a JSONL file: [{"messages": [..], "answer": str or None, "where": "path:line"}].
+
+    Blank lines are skipped. ValueError naming file and line for anything else that is no problem.
+    """
+    try:
+        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read problems: {error.strerror or error}") from error
+    problems = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+                kind = "not UTF-8" if isinstance(error, UnicodeError) else "malformed JSON"
+                raise ValueError(f"{path}:{number}: {kind}: {error}") from error
+            problems.append(_problem(record, f"{path}:{number}", require_answer))
+    if not problems:
+        raise ValueError(f"{path}: no problems in this file")
+    return problems
+
+
+def from_records(records, where, *, require_answer=True):
+    """The same for objects in memory, as `toy.problems(..)` has; errors name "where:1", .. ."""
+    problems = [_problem(r, f"{where}:{i}", require_answer) for i, r in enumerate(records, 1)]
+    if not problems:
+        raise ValueError(f"{where}: no problems")
+    return problems
+
+
+def _problem(record, where, require_answer):
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
+    given = [key for key in ("problem", "prompt", "messages") if key in record]
+    if len(given) != 1:
+        raise ValueError(f'{where}: needs one of "problem", "prompt", "messages"; has {given}')
+    content = record[given[0]]
+    messages = content if given[0] == "messages" else [{"role": "user", "content": content}]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f'{where}: "messages" must be a list of at least one message')
+    for message in messages:
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            raise ValueError(f'{where}: a message has "role" and "content" and nothing else')
+        if not isinstance(message["role"], str) or not re.fullmatch("[a-z]+", message["role"]):
+            raise ValueError(f"{where}: a role is a lower-case word, not {message['role']!r}")
+        _check_text(message["content"], f'{where}: the content of "{given[0]}"')
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"{where}: the last message is the assistant's: nothing to answer")
+    answer = record.get("answer")
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
+        answer = str(answer)
+    if "answer" in record or require_answer:
+        _check_text(answer, f'{where}: "answer"')
+    return {"messages": [dict(m) for m in messages], "answer": answer, "where": where}
+
+
+def _check_text(value, what):
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{what} must be text and not empty, got {value!r:.60}")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):  # JSON can spell these
+        raise ValueError(f"{what} holds half of a surrogate pair, which is not text")
+
+
+def render_prompts(tokenizer, problems, *, thinking=False):
+    """Token ids of every problem's prompt, up to where the model begins to answer: list of lists.
+
+    Through the tokenizer's chat template, with `enable_thinking=thinking` (templates that know no
+    thinking ignore it). Without a template: the messages' contents joined by blank lines, another
+    blank line, and the tokenizer's own special tokens, but no EOS at the end.
+
+    Raises ValueError, naming the problem, when its text holds a control token (`<|im_end|>` inside
+    a problem would end the user's turn; plain added tokens such as `<think>` pass), cannot be
+    spelled by the tokenizer, is refused by the template, or renders to nothing.
+    """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    # unk tells unknown text only where it is a token of its own
+    shared = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    unknown = None if tokenizer.unk_token_id in shared else tokenizer.unk_token_id
+    prompts = []
+    for problem in problems:
+        where, texts = problem["where"], [m["content"] for m in problem["messages"]]
+        try:
+            # what the tokenizer makes of the bare text decides, not a list of strings
+            inside = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            if tokenizer.chat_template is None:
+                ids = tokenizer("\n\n".join(texts) + "\n\n")["input_ids"]
+                ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+            else:
+                text = tokenizer.apply_chat_template(
+                    problem["messages"],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    enable_thinking=thinking,
+                )
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # templates and tokenizers raise what they like
+            raise ValueError(f"{where}: cannot be rendered as a prompt: {_line(error)}") from error
+        found = [i for part in inside for i in part if i in special and i != unknown]
+        if found:
+            token = tokenizer.convert_ids_to_tokens(found[0])
+            raise ValueError(f"{where}: the text contains the control token {token!r}")
+        if not ids:
+            raise ValueError(f"{where}: the prompt renders to no tokens at all")
+        if unknown is not None and any(unknown in part for part in [ids, *inside]):
+            raise ValueError(f"{where}: the tokenizer has no tokens for some of this prompt")
+        prompts.append(list(ids))
+    return prompts
+
+
+def check_fit(config, problems, prompts, max_new_tokens):
+    """ValueError naming the first problem whose prompt + max_new_tokens exceeds the context of a
+    model of that config, or whose ids exceed its vocabulary (model and tokenizer do not match)."""
+    config = config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if len(prompt) + max_new_tokens > limit:
+            raise ValueError(
+                f"{problem['where']}: prompt of {len(prompt)} tokens + {max_new_tokens} new tokens "
+                f"(--max-new-tokens) exceed the model's context of {limit}"
+            )
+        if max(prompt) >= config.vocab_size:
+            raise ValueError(
+                f"{problem['where']}: token id {max(prompt)} is outside the model's vocabulary of "
+                f"{config.vocab_size}: tokenizer and model do not belong together"
+            )
+
+
+def stop_ids(*sources):
+    """Sorted ids that end a response, of all the models, configs and tokenizers given.
+
+    Teacher and student may disagree about EOS (base against chat checkpoints); a response that
+    misses one of the ids runs on to the limit. ValueError when no source has any.
+
+    >>> from types import SimpleNamespace as Has
+    >>> stop_ids(Has(eos_token_id=[7, 3]), Has(eos_token_id=None), Has(eos_token_id=3))
+    [3, 7]
+    """
+    found = set()
+    for source in sources:
+        for part in (source, *(getattr(source, k, None) for k in ("config", "generation_config"))):
+            ids = getattr(part, "eos_token_id", None)
+            found.update([ids] if isinstance(ids, int) else ids or [])
+    if not found:
+        raise ValueError("no stop token: neither the models' configs nor the tokenizer has an EOS")
+    return sorted(found)
+
+
+def pad_id(tokenizer):
+    """The pad token's id, else the EOS token's (masks, not ids, tell padding); or ValueError."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    raise ValueError("the tokenizer has neither a pad nor an EOS token")
+
+
+# --------------------------------------------------------------------------------------- models
+
+
+def load_tokenizer(path, *, trust_remote_code=False):
+    """The tokenizer of a local folder or hub name; a one-line ValueError naming it otherwise."""
+    return _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+
+
+def load_config(path, *, trust_remote_code=False):
+    """The model's config with every dropout at 0: what is sampled must be what is trained."""
+    config = _from_pretrained(AutoConfig, path, trust_remote_code=trust_remote_code)
+    for part in [config, *(getattr(config, name, None) for name in config.sub_configs)]:
+        for name, value in list(vars(part).items() if part is not None else ()):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number and ("dropout" in name or "layerdrop" in name or name.endswith("pdrop")):
+                setattr(part, name, type(value)(0))
+    return config
+
+
+def load_model(path, *, dtype, device, trust_remote_code=False):
+    """A causal LM of a local folder or hub name, from safetensors, without dropout, in eval mode.
+
+    ValueError, one line that begins with `path`: nothing there, not loadable, offline, or weights
+    missing (which would otherwise be drawn at random with no more than a warning).
+    """
+    options = {"trust_remote_code": trust_remote_code}
+    options |= {"config": load_config(path, **options), "dtype": dtype}
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    model, info = _from_pretrained(AutoModelForCausalLM, path, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}")
+    return model.to(device).eval()
+
+
+def _from_pretrained(loader, path, **options):
+    name, folder, hint = str(path), Path(path).expanduser(), ""
+    if not folder.is_dir():
+        if folder.exists() or name.count("/") > 1 or name[:1] in ("/", ".", "~", ""):
+            raise ValueError(f"{name!r}: no such folder")
+        # without this an offline machine retries for a minute, on stderr, before it gives up
+        options["local_files_only"] = not _online()
+        hint = "no such local folder; on the hub: "
+        if options["local_files_only"]:
+            hint = "no such local folder, not in the cache, and this machine is offline: "
+    try:
+        return loader.from_pretrained(name if hint else str(folder), **options)
+    except Exception as error:
+        what = loader.__name__.removeprefix("Auto")
+        raise ValueError(f"{name}: cannot load {what}: {hint}{_line(error)}") from error
+
+
+def _online():
+    url = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+    if urllib.request.getproxies():  # a proxy may reach what we cannot: let the hub client try
+        return True
+    try:
+        socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
+        return True
+    except OSError:
+        return False
+
+
+def _line(error):
+    """First line of a message, for errors that come as a wall of text."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+# -------------------------------------------------------------------------------------- answers
+
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+_UNSIGNED = rf"(?:{_DIGITS}(?:\.[0-9]+)?|(?<![0-9.])\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+_NUMBER = re.compile(
+    # a minus after a digit, letter or bracket is an operation or a range: 10-7 ends in 7
+    rf"(?:(?<![0-9A-Za-z)\]}}])[-+\u2212])?"
+    rf"(?:\\[dt]?frac\{{-?{_UNSIGNED}\}}\{{{_UNSIGNED}\}}|{_UNSIGNED}(?:\s?/\s?{_UNSIGNED})?)"
+)
+
+
+def extract_answer(text):
+    r"""The inside of the last closed \boxed{} or \fbox{}, else the last number, else None.
+
+    Braces balance, escaped ones do not count, of nested boxes the outer one wins. Linear time.
+
+    >>> extract_answer(r"So \boxed{1}, no: \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    >>> extract_answer("It costs $1,234.50. \\boxed{"), extract_answer("none")
+    ('1,234.50', None)
+    """
+    opened, last = [], None  # start of a box's inside, or None for any other brace
+    for match in _BRACES.finditer(text):
+        if match[0] == "}":
+            start = opened.pop() if opened else None
+            last = last if start is None else slice(start, match.start())
+        elif match[0] == "{" or len(match[0]) > 2:
+            opened.append(None if match[0] == "{" else match.end())
+    if last:
+        return text[last]
+    numbers = _NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        ("\u2212", "-"),
+        (r"\\?\$|(?<!\\)\\[()\[\]]|\\[!,;:]", ""),  # math delimiters, dollars, thin spaces
+        (r"\{,\}", ","),
+        (r"\\(?:left|right|displaystyle)(?![A-Za-z])", ""),
+        (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|boxed)\s*\{([^{}]*)\}", r"\1"),
+        (r"~|\\ |\\q?quad(?![A-Za-z])", " "),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))", r"\\frac{\1\2}{\3\4}"),
+        (r"([0-9])\s*\\frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1 \2/\3"),  # one and a half, not 11/2
+        (r"\s*(?:\\times|\\cdot|\*|×)\s*10\s*\^\s*\{?\s*([-+]?[0-9]+)\s*\}?$", r"e\1"),
+        (r"^\s+|\s*\.?\s*$", ""),
+        (r"(?<=[0-9])\s*(?:\\?%|\^\s*\{?\s*\\circ\s*\}?|°|\\degrees?)$", ""),
+        (r"^\+\s*(?=[0-9.\\])", ""),
+        (r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", ""),  # a space between words stays
+    )
+]
+_FRACTION = re.compile(r"(?<![\w)}\]])\\frac\{([^{}]*)\}\{([^{}]*)\}(?![\w({\\])")
+_THOUSANDS = re.compile(r"\s*[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?\s*")
+_PLAIN = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?"  # no exponent of a billion
+_RATIO = re.compile(rf"([-+]?)(?:([0-9]+) (?=[0-9]+/[0-9]))?({_PLAIN})(?:/({_PLAIN}))?")
+LONGEST_ANSWER = 1000  # characters; longer ones are compared as they are
+
+
+def _normalise(text):
+    text = re.sub(r"\s+", " ", text)
+    for pattern, replacement in _REWRITES:
+        if _THOUSANDS.fullmatch(text):  # not after the last one: "1, 234" is a list
+            text = text.replace(",", "")
+        text = pattern.sub(replacement, text)
+    return _FRACTION.sub(lambda m: "/".join(map(_atom, m.groups())), text)
+
+
+def _atom(text):
+    return text if re.fullmatch(r"[-+]?[\w.]+|\\[A-Za-z]+", text) else f"({text})"
+
+
+def _value(text):
+    """The exact value of a plain number, a ratio or a mixed number; None for anything else."""
+    match = _RATIO.fullmatch(text)
+    if not match or (match[4] and Fraction(match[4]) == 0):
+        return None
+    value = int(match[2] or 0) + Fraction(match[3]) / Fraction(match[4] or 1)
+    return -value if match[1] == "-" else value
+
+
+def is_correct(answer, reference, *, timeout=5.0):
+    r"""Whether an answer (text or None) equals the reference (text or number).
+
+    Exact after normalisation of LaTeX spelling, and by value for integers, decimals and fractions.
+    What differs is put to `math-verify` where that is installed, in another process and for at most
+    `timeout` seconds: it can hang. Nothing is ever evaluated here, and no failure raises.
+
+    >>> is_correct(r"\dfrac12", "0.5"), is_correct("$1{,}000.$", "1000"), is_correct("2", "3")
+    (True, True, False)
+    """
+    if answer is None:
+        return False
+    answer, reference = str(answer).strip(), str(reference).strip()
+    if answer == reference or not answer or not reference:
+        return answer == reference != ""
+    if max(len(answer), len(reference)) > LONGEST_ANSWER:
+        return False
+    ours, theirs = _normalise(answer), _normalise(reference)
+    if ours == theirs != "":
+        return True
+    if _value(ours) is not None and _value(ours) == _value(theirs):
+        return True
+    try:
+        installed = importlib.util.find_spec("math_verify") is not None
+        return installed and _verify(answer, reference, float(timeout))
+    except (OSError, ValueError):  # no process to be had; a module of that name that is no package
+        return False
+
+
+_JUDGE = r"""
+import json, os, sys
+out, sys.stdout = sys.stdout, open(os.devnull, "w")
+try:  # a tower of powers eats memory faster than time
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+except Exception:
+    pass
+from math_verify import parse, verify
+print("ready", file=out, flush=True)
+for line in sys.stdin:
+    try:
+        answer, reference = (parse("\\boxed{" + text + "}") for text in json.loads(line))
+        right = bool(answer and reference and verify(reference, answer))
+    except Exception:
+        right = False
+    print("yes" if right else "no", file=out, flush=True)
+"""
+_judges, _judge_lock = [], threading.Lock()  # at most one process, kept: importing takes seconds
+atexit.register(lambda: [judge.kill() for judge in _judges])
+
+
+@functools.lru_cache(maxsize=100_000)  # the same wrong answer comes again and again
+def _verify(answer, reference, timeout):
+    with _judge_lock:
+        if not _judges:
+            path = os.pathsep.join(p for p in sys.path if p)
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            pipes |= {"stderr": subprocess.DEVNULL, "env": os.environ | {"PYTHONPATH": path}}
+            _judges.append(subprocess.Popen([sys.executable, "-c", _JUDGE], **pipes))
+            if not _exchange("", 60.0):
+                return False
+        return _exchange(json.dumps([answer, reference]) + "\n", timeout) == "yes\n"
+
+
+def _exchange(question, timeout):
+    """Send text to the judge and read a line; a judge that fails or is late is killed: ""."""
+    judge = _judges[0]
+    timer = threading.Timer(timeout, judge.kill)  # signal.alarm works on the main thread only
+    timer.start()
+    try:
+        judge.stdin.write(question)
+        judge.stdin.flush()
+        reply = judge.stdout.readline()
+    except OSError:
+        reply = ""
+    timer.cancel()
+    timer.join()  # from here on it has killed or never will
+    if not reply or judge.poll() is not None:
+        judge.kill()
+        judge.wait()
+        _judges.clear()
+    return reply
+
+
+# --------------------------------------------------------------------------------------- figures
+
+
+def pass_at_k(n, correct, k):
+    """Unbiased chance that at least one of k samples is right, after `correct` of n were:
+    1 - C(n - c, k) / C(n, k). ValueError unless 0 <= correct <= n and 1 <= k <= n, whole numbers.
+
+    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 3, 2)
+    (0.25, 0.5, 1.0)
+    """
+    try:
+        n, correct, k = (operator.index(value) for value in (n, correct, k))
+    except TypeError as error:
+        raise ValueError(f"n, correct and k must be whole numbers: {error}") from error
+    if not 0 <= correct <= n or not 1 <= k <= n:
+        raise ValueError(f"need 0 <= correct <= n and 1 <= k <= n; got {n=}, {correct=}, {k=}")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def bootstrap_interval(values_P, *, level=0.95, resamples=2000, seed=0):
+    """(low, high) of the mean over problems, by the percentile bootstrap over problems.
+
+    values_P: one finite number per problem, at least one; level: coverage, between 0 and 1.
+    Raises ValueError for anything else.
+    """
+    values_P = np.asarray(values_P, dtype=np.float64)
+    if values_P.ndim != 1 or values_P.size == 0 or not np.isfinite(values_P).all():
+        raise ValueError(f"values_P must be finite numbers in one axis; shape {values_P.shape}")
+    if not 0 < level < 1 or resamples < 1:
+        raise ValueError(f"need 0 < level < 1 and resamples >= 1; got {level=}, {resamples=}")
+    rng, P = np.random.default_rng(seed), len(values_P)
+    chunk = max(1, 1_000_000 // P)  # resamples at a time: 8 MB of indices
+    sizes = [min(chunk, resamples - done) for done in range(0, resamples, chunk)]
+    means = np.concatenate([values_P[rng.integers(P, size=(R, P))].mean(axis=1) for R in sizes])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def sample_answers(
+    model, tokenizer, problems, prompts, *, samples, max_new_tokens, stop_ids, pad_id,
+    temperature=1.0, batch_size=64, generator=None, progress=True, vocab_size=None,
+):  # fmt: skip
+    """Sample every problem `samples` times and check the answers.
+
+    problems, prompts   from `load_problems`/`from_records` and `render_prompts`; may be empty
+    batch_size          responses in flight at once; the results do not depend on it
+    temperature, generator, vocab_size   as in `rollout.generate`
+    Returns, per problem, a list of `samples` records {"text", "answer" (str or None), "correct",
+    "truncated" (no stop id at the end), "tokens" (response length)}: plain data, to gather over
+    ranks. ValueError for bad arguments, or prompts that do not fit.
+    """
+    if samples < 1 or batch_size < 1 or len(prompts) != len(problems):
+        lengths = f"{len(problems)} problems, {len(prompts)} prompts"
+        raise ValueError(f"need one prompt per problem: {lengths}; {samples=}, {batch_size=} >= 1")
+    rows = [(i, prompt) for i, prompt in enumerate(prompts) for _ in range(samples)]
+    records, stops = [[] for _ in problems], sorted(set(stop_ids))
+    options = {"max_new_tokens": max_new_tokens, "eos_ids": stops, "pad_id": pad_id, "top_k": 1}
+    options |= {"temperature": temperature, "generator": generator, "vocab_size": vocab_size}
+    with tqdm(total=len(rows), unit="response", disable=not progress, leave=False) as bar:
+        # several batches per call: rows that end early make room for the next ones
+        for first in range(0, len(rows), 4 * batch_size):
+            part = rows[first : first + 4 * batch_size]
+            batch = [prompt for _, prompt in part]
+            out = rollout.generate(model, batch, batch_size=batch_size, **options)
+            ids_BT, mask_BT = out.ids_BT.cpu(), out.response_mask_BT.cpu()
+            for (i, _), ids_T, mask_T in zip(part, ids_BT, mask_BT, strict=True):
+                records[i].append(_record(tokenizer, ids_T[mask_T].tolist(), problems[i], stops))
+            bar.update(len(part))
+    return records
+
+
+def _record(tokenizer, ids, problem, stops):
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    answer = extract_answer(text)
+    correct = problem["answer"] is not None and is_correct(answer, problem["answer"])
+    record = {"text": text, "answer": answer, "correct": correct}
+    return record | {"truncated": ids[-1] not in stops, "tokens": len(ids)}
+
+
+def summarise(records, *, level=0.95, resamples=2000, seed=0):
+    """Figures of what `sample_answers` returned, all problems together.
+
+    accuracy (mean@n), accuracy_low, accuracy_high, pass_at_n, "pass@k": [value, low, high] for
+    k = 1, 2, 4, .. <= n, samples (n), problems, truncated and unparseable (shares of all
+    responses), mean_tokens (per response). ValueError when empty or of uneven sample counts.
+    """
+    counts = {len(samples) for samples in records}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(f"need the same number of samples for every problem; got {sorted(counts)}")
+    n = counts.pop()
+    correct_P = [sum(r["correct"] for r in samples) for samples in records]
+    flat = [r for samples in records for r in samples]
+    passes = {}
+    for k in (2**i for i in range(n.bit_length())):
+        passed_P = [pass_at_k(n, c, k) for c in correct_P]
+        interval = bootstrap_interval(passed_P, level=level, resamples=resamples, seed=seed)
+        passes[f"pass@{k}"] = [float(np.mean(passed_P)), *interval]
+    accuracy, low, high = passes["pass@1"]  # mean@n is pass@1
+    return {
+        "accuracy": accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "pass_at_n": sum(c > 0 for c in correct_P) / len(records),
+        **passes,
+        "samples": n,
+        "problems": len(records),
+        "truncated": sum(r["truncated"] for r in flat) / len(flat),
+        "unparseable": sum(not (r["answer"] or "").strip() for r in flat) / len(flat),
+        "mean_tokens": sum(r["tokens"] for r in flat) / len(flat),
+    }
+
+
+# ------------------------------------------------------------------------------------------- CLI
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def _at_least(low, kind=int):
+    def convert(text):
+        value = kind(text)  # argparse reports a ValueError by this function's name
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {low} and finite, got {text!r}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"
+    return convert
+
+
+def parse_arguments(argv=None):
+    """The command line, checked as far as that goes without opening anything."""
+    parser = _Parser(prog="evaluate.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add, dtypes = parser.add_argument, ["float32", "bfloat16", "float16"]
+    add("--model", metavar="PATH", help="folder or hub name; default: both models of --toy")
+    add("--problems", metavar="FILE", help="JSONL; see the top of this file")
+    add("--toy", choices=list(toy.WORLDS), help="a toy world's problems; default horizon")
+    add("--difficulty", type=_at_least(1), help="moves per toy problem (default 12)")
+    add("--count", type=_at_least(1), help="toy problems (default 200); with a file: its first N")
+    add("--samples", type=_at_least(1), help="responses per problem (default 4; 1 when greedy)")
+    add("--max-new-tokens", type=_at_least(1), help="default: what the toy task needs, or 4096")
+    add("--temperature", type=_at_least(0, float), default=1.0, help="0 is greedy")
+    add("--batch-size", type=_at_least(1), default=64, help="responses in flight")
+    add("--seed", type=_at_least(0), default=0, help="of the sampling; problems stay the same")
+    add("--thinking", action="store_true", help="render prompts in the template's thinking mode")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=dtypes, help="default float32 on a CPU, else bfloat16")
+    add("--threads", type=_at_least(1), help="CPU threads; one is best for toy models")
+    add("--trust-remote-code", action="store_true")
+    add("--out", metavar="FILE", help="JSON with everything; must not exist")
+    args = parser.parse_args(argv)
+    if args.problems and (args.toy or args.difficulty):
+        parser.error("--problems excludes --toy and --difficulty")
+    if args.problems and not args.model:
+        parser.error("--problems needs --model")
+    if args.temperature == 0 and (args.samples or 1) > 1:
+        parser.error("--temperature 0 is greedy: all samples are the same, use --samples 1")
+    args.samples = args.samples or (1 if args.temperature == 0 else 4)
+    args.dtype = args.dtype or ("float32" if args.device.startswith("cpu") else "bfloat16")
+    if not args.problems:
+        args.toy, args.difficulty = args.toy or "horizon", args.difficulty or 12
+        args.count = args.count or 200
+    limit = 4096 if args.problems else toy.response_limit(args.difficulty)
+    args.max_new_tokens = args.max_new_tokens or limit
+    return args
+
+
+def _versions():
+    versions = {"python": platform.python_version(), "math-verify": None}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["math-verify"] = importlib.metadata.version("math-verify")
+    return versions | {m.__name__: m.__version__ for m in (torch, transformers, np)}
+
+
+def _prepare(args):
+    """Problems and, by model name, (path, tokenizer, prompts, vocabulary size): every check that
+    needs no weights."""
+    if args.out and os.path.lexists(args.out):
+        raise ValueError(f"--out {args.out}: exists already; nothing is overwritten")
+    if args.out and not os.access(Path(args.out).resolve().parent, os.W_OK):
+        raise ValueError(f"--out {args.out}: cannot write into that folder")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"--device {args.device}: {_line(error)}") from error
+    if args.problems:
+        problems = load_problems(args.problems)[: args.count]
+    else:
+        records = toy.problems(args.count, moves=args.difficulty, split="test")
+        problems = from_records(records, f"toy {args.toy}")
+    world = None if args.model else toy.world(args.toy)
+    paths = {"student": world.student, "teacher": world.teacher} if world else {"model": args.model}
+    models, trust = {}, {"trust_remote_code": args.trust_remote_code}
+    for name, path in paths.items():
+        tokenizer = load_tokenizer(path, **trust)
+        prompts = render_prompts(tokenizer, problems, thinking=args.thinking)
+        config = load_config(path, **trust)
+        check_fit(config, problems, prompts, args.max_new_tokens)
+        vocab_size = min(len(tokenizer), config.get_text_config(decoder=True).vocab_size)
+        models[name] = path, tokenizer, prompts, vocab_size
+    return problems, models
+
+
+def run(args):
+    """Evaluate as told and print the table; returns the object that --out writes."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    problems, models = _prepare(args)
+    gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
+    result = {"settings": vars(args), "versions": _versions(), "models": {}}
+    result["hardware"] = gpu or platform.processor() or platform.machine()
+    options = {"samples": args.samples, "max_new_tokens": args.max_new_tokens}
+    options |= {"temperature": args.temperature, "batch_size": args.batch_size}
+    trust = {"trust_remote_code": args.trust_remote_code}
+    print("model    mean@n           95%  pass@n  truncated  unparseable  tokens")
+    for name, (path, tokenizer, prompts, vocab_size) in models.items():
+        model = load_model(path, dtype=getattr(torch, args.dtype), device=args.device, **trust)
+        options |= {"stop_ids": stop_ids(model, tokenizer), "pad_id": pad_id(tokenizer)}
+        options |= {"generator": torch.Generator().manual_seed(args.seed)}
+        options["vocab_size"] = vocab_size
+        records = sample_answers(model, tokenizer, problems, prompts, **options)
+        s = summarise(records, seed=args.seed)
+        answers = [p | {"samples": r} for p, r in zip(problems, records, strict=True)]
+        result["models"][name] = {"path": str(path), "summary": s, "problems": answers}
+        print(
+            f"{name:8} {s['accuracy']:6.3f}  {s['accuracy_low']:.3f}-{s['accuracy_high']:.3f}"
+            f"  {s['pass_at_n']:6.3f}  {s['truncated']:9.3f}  {s['unparseable']:11.3f}"
+            f"  {s['mean_tokens']:6.1f}"
+        )
+    if args.out:
+        with open(args.out, "x", encoding="utf-8") as file:  # never over one that came meanwhile
+            json.dump(result, file, indent=1)
+    return result
+
+
+def main(argv=None):
+    """The command; exit status 2 and one line on stderr for what the user can put right."""
+    args = parse_arguments(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        result = run(args)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"evaluate.py: error: {_line(error)}", file=sys.stderr)
+        return 2
+    print(json.dumps({name: part["summary"] for name, part in result["models"].items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
