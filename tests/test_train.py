@@ -1,0 +1,428 @@
+"""The training loop: its gradient against enumeration, its processes against one process, its
+commands on real folders, its refusals."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import tiny_model, write_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rollout
+import toy
+import train
+
+ROOT = Path(train.__file__).parent
+TOY = ["--toy", "horizon", "--difficulty", "6"]
+SHORT = ["--steps", "2", "--prompts-per-step", "5", "--eval-count", "4", "--eval-samples", "2"]
+
+
+# ------------------------------------------------------------------------------------- the maths
+def enumerate_sequences(vocabulary: int, longest: int, stop: int):
+    """All responses: those that end with `stop`, and those cut at `longest` tokens."""
+    for length in range(1, longest + 1):
+        for ids in itertools.product(range(vocabulary), repeat=length):
+            if stop not in ids[:-1] and (ids[-1] == stop or length == longest):
+                yield list(ids)
+
+
+def test_expected_policy_gradient_is_the_gradient_of_the_reverse_kl():
+    """V = 4, up to 3 tokens, all 40 responses, float64.  The expectation of the sampled estimator
+    equals the gradient of sum over prefixes p(prefix) KL(p_S(.|prefix) || p_T(.|prefix)), with the
+    prefix distribution held fixed: what "token-level reverse KL on student rollouts" means."""
+    V, longest, stop, prompt = 4, 3, 0, [2, 1]
+    # GPT-2: the norms and rotations of the others pass through float32
+    student, teacher = (tiny_model("gpt2", seed=s, vocab_size=V).double() for s in (1, 2))
+    rows = [prompt + response for response in enumerate_sequences(V, longest, stop)]
+    T = max(map(len, rows))
+    ids_BT = torch.tensor([row + [3] * (T - len(row)) for row in rows])
+    length_B = torch.tensor([len(row) for row in rows])[:, None]
+    column_T = torch.arange(T)
+    mask_BT = (column_T >= len(prompt)) & (column_T < length_B)
+    with torch.no_grad():
+        teacher_logp_BT = train.StudentLogProbs(teacher, V, 1.0)(ids_BT, mask_BT)
+    wrapped = train.StudentLogProbs(student, V, 1.0)
+    logp_BT = wrapped(ids_BT, mask_BT)
+    probability_B = logp_BT.detach().sum(1).exp()
+    assert abs(probability_B.sum() - 1) < 1e-12
+    advantage_BT = teacher_logp_BT - logp_BT.detach()
+    weight_BT = probability_B[:, None] * mask_BT  # the expectation, not a sample
+    train.policy_gradient_loss(logp_BT, advantage_BT, weight_BT).backward()
+    estimator = [p.grad.clone() for p in student.parameters()]
+
+    student.zero_grad()
+    exact = 0.0
+    for length in range(longest):
+        for prefix in itertools.product(range(1, V), repeat=length):
+            ids = torch.tensor([prompt + list(prefix)])
+            with torch.no_grad():
+                log_q_V = torch.log_softmax(teacher(ids).logits[0, -1], -1)
+            logp_TV = torch.log_softmax(student(ids).logits[0], -1)
+            reach = sum(logp_TV[len(prompt) - 1 + i, t] for i, t in enumerate(prefix))
+            reach = torch.as_tensor(reach, dtype=torch.float64).detach().exp()
+            exact = exact + reach * (logp_TV[-1].exp() * (logp_TV[-1] - log_q_V)).sum()
+    exact.backward()
+    reference = [p.grad for p in student.parameters()]
+    assert max(g.abs().max() for g in reference) > 1e-2
+    for mine, right in zip(estimator, reference, strict=True):
+        assert torch.allclose(mine, right, rtol=1e-9, atol=1e-12)
+
+
+def test_ratio_form_starts_at_the_plain_gradient_and_then_clips():
+    logp = torch.tensor([[-1.0, -2.0, -0.5]], requires_grad=True)
+    advantage, weight = torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[0.5, 0.25, 0.25]])
+    plain = torch.autograd.grad(train.policy_gradient_loss(logp, advantage, weight), logp)[0]
+    ratio = train.policy_gradient_loss(logp, advantage, weight, logp.detach())
+    assert torch.allclose(torch.autograd.grad(ratio, logp)[0], plain)
+    # moved past the bounds in the direction of the advantage: no gradient; the other way: gradient
+    behaviour = logp.detach() - torch.tensor([[0.3, -0.3, -0.3]])
+    moved = train.policy_gradient_loss(logp, advantage, weight, behaviour, (0.2, 0.28))
+    gradient = torch.autograd.grad(moved, logp)[0]
+    assert gradient[0, 0] == 0 and gradient[0, 1] == 0 and gradient[0, 2] != 0
+    inside = train.policy_gradient_loss(logp, advantage, weight, behaviour, (0.9, 9.0))
+    assert (torch.autograd.grad(inside, logp)[0] != 0).all()
+
+
+def make_run(*flags, student=None, teacher=None):
+    """A prepared and loaded run of one process, without its folder."""
+    argv = [*flags]
+    for flag, value in (("--student", student), ("--teacher", teacher)):
+        argv += [flag, str(value)] if value else []
+    _, args = train.parse(argv)
+    run = train.prepare(args, 0, 1)
+    train.load_models(run, torch.device("cpu"))
+    return run
+
+
+def test_student_equal_to_teacher_learns_nothing():
+    """PEERS' cheapest sanity check: advantage, loss and gradient are 0 (float32 noise)."""
+    world = toy.world("clean")
+    run = make_run(*SHORT, "--difficulty", "4", student=world.student, teacher=world.student)
+    batch = train.sample(run, 0)
+    logp_BT, _ = train.score(run.teacher, batch, top_k=4, vocab_size=run.vocab_size, micro_batch=3)
+    advantage = logp_BT - batch.logp_BT
+    assert advantage[batch.response_mask_BT].abs().max() < 1e-4
+    line = train.train_step(run, 0)
+    assert abs(line["loss"]) < 1e-5 and abs(line["reverse_kl"]) < 1e-5 and line["grad_norm"] < 1e-3
+    other = make_run(*SHORT, "--difficulty", "4", student=world.student, teacher=world.teacher)
+    line = train.train_step(other, 0)
+    assert line["reverse_kl"] > 0.01 and line["grad_norm"] > 0.01, "the check can fail"
+
+
+def test_teacher_scores_equal_a_plain_forward():
+    run = make_run(*TOY, *SHORT, "--margin-top-k", "3")
+    batch = train.sample(run, 0)
+    logp_BT, candidate_logp_BTK = train.score(
+        run.teacher, batch, top_k=3, vocab_size=run.vocab_size, micro_batch=2
+    )
+    for row in range(5):
+        mask_T = batch.response_mask_BT[row]
+        used = int(mask_T.nonzero().max()) + 1
+        with torch.no_grad():
+            logits_TV = run.teacher(batch.ids_BT[row : row + 1, :used]).logits[0]
+        logp_TV = torch.log_softmax(logits_TV[:, : run.vocab_size], -1)[:-1]
+        at_ids = logp_TV.gather(1, batch.ids_BT[row, 1:used, None])[:, 0]
+        at_candidates = logp_TV.gather(1, batch.topk_ids_BTK[row, 1:used, :3])
+        here = mask_T[1:used]
+        assert torch.allclose(logp_BT[row, 1:used][here], at_ids[here], atol=1e-4)
+        mine = candidate_logp_BTK[row, 1:used]
+        assert torch.allclose(mine[here], at_candidates[here], atol=1e-4)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_update_cuts_off_what_was_released_and_changes_nothing(updates):
+    """Cut columns, left-out rows and micro-batches give the gradient of one full forward."""
+    run = make_run(*TOY, *SHORT, "--micro-batch", "2", "--updates-per-rollout", str(updates),
+                   "--clip-grad", "0", "--lr", "1e-9")
+    batch = train.sample(run, 0)
+    B, T = batch.ids_BT.shape
+    advantage = torch.randn(B, T, generator=torch.Generator().manual_seed(0))
+    keep = batch.response_mask_BT.clone()
+    keep[0] = False
+    for row in range(1, B):
+        keep[row, int(keep[row].nonzero().min()) + 7 * row :] = False
+    weight = train.token_weights(batch.response_mask_BT, keep, "batch", 100, float(keep.sum()))
+    loss, norm = train.update(run.student, run.optimizer, batch, advantage, keep, weight, run.args)
+    cut = [p.grad.clone() for p in run.model.parameters()]
+    run.model.zero_grad()
+    logp = run.student(batch.ids_BT, batch.response_mask_BT)
+    behaviour = batch.logp_BT if updates > 1 else None
+    full = train.policy_gradient_loss(logp, advantage, weight, behaviour)
+    full.backward()
+    assert abs(loss - full.item()) < 1e-5
+    for mine, right in zip(cut, run.model.parameters(), strict=True):
+        assert torch.allclose(mine, right.grad, rtol=1e-3, atol=1e-5 * float(norm))
+
+
+def test_release_mask_follows_the_margin():
+    """A hand-made teacher: sure up to the third sentence, undecided after it."""
+    run = make_run(*TOY, *SHORT)
+    tokenizer, text = run.tokenizer, toy.dial_response(toy.problems(1, moves=8)[0])
+    ids_T = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    T, prompt = len(ids_T), 5
+    batch = rollout.Rollout(
+        ids_BT=torch.cat([torch.zeros(prompt, dtype=torch.int64), ids_T])[None],
+        response_mask_BT=(torch.arange(prompt + T) >= prompt)[None],
+        logp_BT=torch.zeros(1, prompt + T), entropy_BT=torch.ones(1, prompt + T),
+        topk_ids_BTK=torch.zeros(1, prompt + T, 4), truncated_B=torch.zeros(1, dtype=torch.bool),
+    )
+    third = [i for i, piece in enumerate(ids_T.tolist()) if tokenizer.decode([piece]) == "."][2] + 1
+    candidates = torch.zeros(1, prompt + T, 4)
+    candidates[:, : prompt + third, 0] = 5.0
+    choice = train.supervise(batch, candidates, tokenizer, run.splitter, run.args)
+    assert choice.released_B.tolist() == [True] and choice.gain_B[0] > 6
+    assert choice.keep_BT[0].nonzero()[:, 0].tolist() == list(range(prompt, prompt + third))
+    run.args.mask = "none"
+    everything = train.supervise(batch, candidates, tokenizer, None, run.args)
+    assert torch.equal(everything.keep_BT, batch.response_mask_BT)
+
+
+@pytest.mark.parametrize("world", ["horizon", "clean"])
+def test_the_rule_finds_the_toy_teachers_horizon(world):
+    """60 student rollouts of 12 moves.  Behind a teacher that is lost after move 6 nearly all are
+    released right there (7 sentences in), with a gain above 6; behind one that is never lost the
+    rule still fires on some (it takes any gain above 0), but late and with small gains."""
+    run = make_run("--toy", world, "--prompts-per-step", "60")
+    batch = train.sample(run, 0)
+    _, candidates = train.score(
+        run.teacher, batch, top_k=4, vocab_size=run.vocab_size, micro_batch=60
+    )
+    choice = train.supervise(batch, candidates, run.tokenizer, run.splitter, run.args)
+    significant = (choice.gain_B > 6).float().mean()
+    kept = choice.keep_BT.sum() / batch.response_mask_BT.sum()
+    if world == "clean":
+        assert significant < 0.1 and kept > 0.8
+        return
+    assert significant > 0.8
+    at_six = 0
+    for row in range(60):
+        text = run.tokenizer.decode(batch.ids_BT[row][choice.keep_BT[row]])
+        at_six += "Move 6" in text and "Move 7" not in text
+    assert at_six > 50 and 0.4 < kept < 0.6
+
+
+# ------------------------------------------------------------------------------- several processes
+def crafted():
+    """Four rows with 9, 2, 0 and 0 kept tokens: the second of two processes keeps nothing."""
+    g = torch.Generator().manual_seed(3)
+    B, T = 4, 12
+    ids = torch.randint(61, (B, T), generator=g)
+    mask = torch.zeros(B, T, dtype=torch.bool)
+    mask[:, 2:] = True
+    keep = torch.zeros(B, T, dtype=torch.bool)
+    keep[0, 2:11], keep[1, 2:4] = True, True
+    batch = rollout.Rollout(ids, mask, -torch.rand(B, T, generator=g), None, None, None)
+    return batch, torch.randn(B, T, generator=g), keep
+
+
+def one_update(rank, world, folder):
+    """Two optimizer steps on this process's share of the crafted batch; rank 0 saves what came."""
+    if world > 1:
+        meeting = f"file://{folder}/meeting"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    _, args = train.parse(["--micro-batch", "1", "--updates-per-rollout", "2"])
+    student = train.StudentLogProbs(tiny_model("qwen3"), 61, 1.0)
+    if world > 1:
+        student = torch.nn.parallel.DistributedDataParallel(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    batch, advantage, keep = crafted()
+    weight = train.token_weights(batch.response_mask_BT, keep, "batch", 40, 11)
+    mine = slice(2 * rank, 2 * rank + 2) if world > 1 else slice(0, 4)
+    batch = rollout.Rollout(batch.ids_BT[mine], batch.response_mask_BT[mine], batch.logp_BT[mine],
+                            None, None, None)
+    numbers = [
+        train.update(student, optimizer, batch, advantage[mine], keep[mine], weight[mine], args)
+        for _ in range(2)
+    ]
+    if rank == 0:
+        torch.save((numbers, [p.detach() for p in student.parameters()]), folder / f"{world}.pt")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def test_two_processes_equal_one_with_uneven_counts(tmp_path):
+    """Kept tokens 11 and 0: a mean of per-process means would be off by a factor of two, and a
+    process that skips backward would hang the other."""
+    one_update(0, 1, tmp_path)
+    mp.spawn(one_update, args=(2, tmp_path), nprocs=2)
+    (one, weights), (two, others) = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
+    assert torch.allclose(torch.tensor(one), torch.tensor(two), rtol=1e-5)
+    assert abs(one[0][0] - one[1][0]) > 1e-3, "the first update must change the second loss"
+    for a, b in zip(weights, others, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def run_command(*command, cwd, fails=False):
+    """Run a command in `cwd`; on an unexpected exit show the end of what it printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment, text=True,
+                          capture_output=True, timeout=300)
+    if (done.returncode != 0) != fails:
+        shown = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        pytest.fail(f"{command}\nexit {done.returncode}\n{shown}")
+    return done
+
+
+def read_log(folder):
+    """Training lines and evaluation lines of a run."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [x for x in lines if "loss" in x], [x for x in lines if "accuracy" in x]
+
+
+def test_torchrun_with_two_processes_repeats_one_process(tmp_path):
+    """Prompts, draws, masks, counts: the whole command, 5 rollouts dealt 2 and 3."""
+    python = [sys.executable, ROOT / "train.py"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc_per_node", "2", ROOT / "train.py"]
+    for name, command in (("one", python), ("two", torchrun)):
+        run_command(*command, *TOY, *SHORT, "--out", name, cwd=tmp_path)
+    (one, one_eval), (two, two_eval) = (read_log(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        assert a["kept_tokens"] == b["kept_tokens"] and a["fired"] == b["fired"]
+        for key in ("loss", "reverse_kl", "entropy", "grad_norm", "response_tokens", "kept"):
+            assert math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-5), key
+    for a, b in zip(one_eval, two_eval, strict=True):
+        assert a["accuracy"] == b["accuracy"] and a["problems"] == b["problems"] == 4
+
+
+# ------------------------------------------------------------------------------------- the command
+def test_a_run_of_the_users_own(tmp_path):
+    """Local folders whose heads are padded differently, a JSONL, a student without template."""
+    student = write_model(tmp_path / "student", seed=1, chat_template=False)
+    teacher = write_model(tmp_path / "teacher", seed=2, vocab_size=300)
+    problems = tmp_path / "mine.jsonl"
+    lines = [{"problem": f"What is {i} + 1? Think."} for i in range(7)]
+    problems.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    command = [sys.executable, ROOT / "train.py", "--student", student, "--teacher", teacher]
+    command += ["--problems", problems, "--prompts-per-step", "3", "--steps", "2"]
+    command += ["--max-new-tokens", "30", "--gradient-checkpointing", "--updates-per-rollout", "2"]
+    command += ["--rescale", "sequence"]
+    run_command(*command, cwd=tmp_path)
+    folder = tmp_path / "runs" / "release-seed0"
+    training, evaluations = read_log(folder)
+    assert len(training) == 2 and evaluations == []
+    keys = ("step loss reverse_kl entropy response_tokens truncated kept fired release_at bic_gain "
+            "grad_norm seconds tokens_per_second").split()
+    assert set(keys) <= set(training[0]) and set(training[0]["seconds"]) >= {"sample", "update"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["vocabulary"] == 259 and config["flags"]["rescale"] == "sequence"
+    assert config["sentence_splitter"]
+    before = AutoModelForCausalLM.from_pretrained(student)
+    after = AutoModelForCausalLM.from_pretrained(folder / "student")
+    assert AutoTokenizer.from_pretrained(folder / "student").eos_token == "<|end|>"
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in pairs)
+
+    # a second run moves the first one aside, whole
+    run_command(*command, "--eval-problems", problems, cwd=tmp_path, fails=True)  # no answers in it
+    run_command(*command, "--steps", "1", cwd=tmp_path)
+    assert len(read_log(folder)[0]) == 1
+    assert len(read_log(folder.with_name("release-seed0.1"))[0]) == 2
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Model folders and problem files for the refusals."""
+    place = tmp_path_factory.mktemp("folders")
+    write_model(place / "model")
+    write_model(place / "other", tokenizer_seed=7)
+    write_model(place / "short", max_position_embeddings=40)
+    (place / "good.jsonl").write_text('{"problem": "How many?", "answer": "3"}\n')
+    (place / "bad.jsonl").write_text('{"problem": "How many?", "answer": "3"}\n{"problem": \n')
+    (place / "empty.jsonl").write_text("\n")
+    (place / "full").mkdir()
+    (place / "full" / "thesis.txt").write_text("do not touch")
+    return place
+
+
+@pytest.mark.parametrize(
+    "flags, culprit",
+    [
+        ("--problems nowhere.jsonl", "nowhere.jsonl"),
+        ("--problems bad.jsonl", "bad.jsonl:2"),
+        ("--problems empty.jsonl", "empty.jsonl"),
+        ("--eval-problems nowhere.jsonl", "nowhere.jsonl"),
+        ("--student nowhere/at/all", "nowhere/at/all"),
+        ("--teacher other", "--teacher has another tokenizer than --student"),
+        ("--method magic", "magic"),
+        ("--margin cosine", "cosine"),
+        ("--frobnicate 3", "--frobnicate"),
+        ("--steps 0", "--steps: must be at least 1, not 0"),
+        ("--steps many", "many"),
+        ("--temperature 0", "--temperature"),
+        ("--lr nan", "--lr"),
+        ("--margin-top-k 260", "--margin-top-k 260 exceeds the vocabulary of 259"),
+        ("--margin-top-k 1", "--margin-top-k: must be at least 2, not 1"),
+        ("--max-new-tokens 600", "600"),
+        ("--student short --max-new-tokens 35", "good.jsonl:1"),
+        ("--out full", "full"),
+        ("--out good.jsonl", "good.jsonl"),
+        ("--out /proc/nothing", "/proc/nothing"),
+        ("--out good.jsonl/deeper", "good.jsonl/deeper"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_culprit(folders, flags, culprit):
+    base = "--student model --teacher model --problems good.jsonl --max-new-tokens 20 --out new"
+    command = [sys.executable, ROOT / "train.py", *base.split(), *flags.split()]
+    done = run_command(*command, cwd=folders, fails=True)
+    message = done.stderr.strip().splitlines()
+    assert done.returncode == 2
+    assert len(message) == 1 and culprit in message[0] and message[0].startswith("train.py: error:")
+    assert not (folders / "new").exists() and (folders / "full" / "thesis.txt").exists()
+
+
+# ------------------------------------------------------------------------------------ small pieces
+def test_batches_walk_through_every_problem_once_per_epoch():
+    steps = [train.batch_order(10, step * 4, 4, seed=5) for step in range(5)]
+    flat = [i for step in steps for i in step]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+    assert train.batch_order(3, 0, 8, seed=0) == sum(
+        (train.batch_order(3, 3 * e, 3, seed=0) for e in range(3)), []
+    )[:8]
+
+
+def test_row_generator_stands_where_one_process_would_be():
+    whole = torch.rand(7, 5, dtype=torch.float64, generator=train.row_generator(3, 1, 0, 5))
+    part = torch.rand(4, 5, dtype=torch.float64, generator=train.row_generator(3, 1, 3, 5))
+    assert torch.equal(whole[3:], part)
+    other = torch.rand(7, 5, dtype=torch.float64, generator=train.row_generator(3, 2, 0, 5))
+    assert not torch.equal(whole, other)
+
+
+def test_shares_cover_all_rows_once():
+    for count, world in ((5, 2), (7, 3), (3, 3), (24, 5)):
+        shares = [list(train.my_share(count, rank, world)) for rank in range(world)]
+        assert sum(shares, []) == list(range(count))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_vocabularies_that_share_their_beginning_are_cut(folders):
+    model = AutoTokenizer.from_pretrained(folders / "model")
+    more = AutoTokenizer.from_pretrained(folders / "model")
+    more.add_tokens(["<think>", "</think>"])
+    assert train.common_vocabulary(model, more) == train.common_vocabulary(more, model) == 259
+    with pytest.raises(ValueError, match="256 of 259 ids differ, the first is 3"):
+        train.common_vocabulary(model, AutoTokenizer.from_pretrained(folders / "other"))
+
+
+def test_a_head_that_is_no_plain_matrix_is_refused():
+    model = tiny_model("qwen3")
+    train.check_head("--student", model, [1, 2, 3])
+    head = model.lm_head
+    model.lm_head = torch.nn.Sequential(head, torch.nn.Tanh())
+    model.get_output_embeddings = lambda: head
+    with pytest.raises(ValueError, match="--student Qwen3ForCausalLM: its logits"):
+        train.check_head("--student", model, [1, 2, 3])

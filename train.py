@@ -1,0 +1,888 @@
+"""On-policy distillation in one plain loop: `torchrun train.py --method release`.
+
+A teacher grades, token by token, what the student itself wrote.  The step, in six phases:
+
+  1 sample   the student writes a response to each prompt                          rollout.py
+  2 score    one teacher pass: log-prob of every sampled token and of the          logprobs.py
+             student's top-K candidates
+  3 mask     which tokens to supervise: all (`opd`), or those before the           teachability.py
+             teacher's margin collapses (`release`, arXiv 2605.13643)              release_rule.py
+  4 weigh    advantage A_t = log p_T(y_t) - log p_S(y_t), detached; weights from
+             token counts over all processes
+  5 update   loss = -sum_t weight_t A_t log p_S(y_t): student forward and backward
+  6 log      one JSON line; now and then an evaluation                             evaluate.py
+
+In expectation over the student's samples the gradient of this loss is that of the reverse KL
+KL(p_S || p_T) of every position, given the sampled prefix (tests/test_train.py enumerates it).
+
+Randomness is stateless: step s of seed r always uses the same prompts and the same uniform numbers
+per (row, token), however many processes share the work, so `--nproc_per_node 2` repeats the run of
+one process up to floating-point noise.
+
+Letters: B rows of this process, T tokens, K candidates, V vocabulary, N segments.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import evaluate
+import logprobs
+import release_rule
+import rollout
+import teachability
+import toy
+
+
+# ------------------------------------------------------------------------------- methods, flags
+@dataclass(frozen=True)
+class Method:
+    """What a `--method` name stands for; each field is a flag that can override it."""
+
+    objective: str  # pg: policy gradient on the sampled token
+    mask: str  # none: supervise every response token; release: up to the release point
+
+
+METHODS = {
+    "opd": Method(objective="pg", mask="none"),
+    "release": Method(objective="pg", mask="release"),
+    # To come: lgr, lgr_topk, release+lgr; the controls of release with the same token budget
+    # (prefix, shuffled, random, std); the exact divergences rkl, fkl, jsd.
+}
+
+# One default for the toy student, one for real models: where the two papers give settings, theirs.
+DEFAULTS = {
+    "steps": (30, 100),
+    "prompts_per_step": (64, 128),
+    "micro_batch": (64, 4),
+    "max_new_tokens": ("what the toy task needs", 8192),
+    "lr": (1e-3, 1e-5),
+    "weight_decay": (0.01, 0.1),
+    "beta2": (0.95, 0.98),
+    "warmup_steps": (5, 0),
+    "advantage_clip": (10.0, 0.0),
+    "eval_every": (10, 0),
+    "save_dtype": ("float32", "bfloat16"),
+    "threads": (1, 0),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, printed once however many processes run."""
+
+    def error(self, message: str):
+        """Print the message on rank 0 and leave with exit code 2."""
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def number(kind: type, low: float, high: float):
+    """An argparse type: an int or float in [low, high]."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            bounds = f"at least {low}" if high == BIG else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"
+    return convert
+
+
+BIG, TINY = 1e18, 1e-30  # "finite" and "positive"
+
+
+def make_parser() -> Parser:
+    """Every flag, with its unit; a default of two parts is shown as toy student | real student."""
+    parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    dtypes = ["float32", "bfloat16"]
+
+    def add(flag, default, text, low=0, high=BIG, **more):
+        name = flag[2:].replace("-", "_")
+        on_toy, on_real = DEFAULTS.get(name, (default, default))
+        if default is False:
+            more["action"] = "store_true"
+        elif isinstance(on_real, int | float):
+            more |= {"type": number(type(on_real), low, high), "metavar": "N"}
+        if name in DEFAULTS:
+            text += f" (default {on_toy} | {on_real})"
+        elif default is not None and default is not False:
+            text += f" (default {default})"
+        group.add_argument(flag, default=default, help=text, **more)
+
+    group = parser.add_argument_group("what to run", "defaults of two parts: toy | real student")
+    add("--method", "release", "preset", choices=list(METHODS))
+    add("--objective", None, "overrides the preset", choices=["pg"])
+    add("--mask", None, "overrides the preset", choices=["none", "release"])
+    add("--out", None, "run folder (default runs/<method>-seed<seed>)", metavar="FOLDER")
+    add("--seed", 0, "of data order and sampling")
+    add("--steps", None, "batches of rollouts", low=1)
+
+    group = parser.add_argument_group("models and problems")
+    add("--toy", "horizon", "world for what the next three leave out", choices=list(toy.WORLDS))
+    add("--student", None, "model folder or hub name", metavar="MODEL")
+    add("--teacher", None, "model folder or hub name", metavar="MODEL")
+    add("--problems", None, "JSONL with problem, prompt or messages", metavar="FILE")
+    add("--difficulty", 12, "moves per toy problem", low=1, high=toy.MAX_MOVES)
+    add("--trust-remote-code", False, "run code that comes with a model")
+    add("--thinking", False, "render prompts in thinking mode")
+
+    group = parser.add_argument_group("sampling")
+    add("--prompts-per-step", None, "prompts per step, over all processes", low=1)
+    add("--rollouts-per-prompt", 1, "responses to each", low=1)
+    add("--max-new-tokens", None, "longest response, tokens", low=1)
+    add("--temperature", 1.0, "of sampling; the student is scored at the same one", low=TINY)
+    add("--sample-batch", 256, "most rollouts in flight, per process", low=1)
+
+    group = parser.add_argument_group("release rule")
+    add("--margin-top-k", 4, "student candidates that the margin looks at, tokens", low=2)
+    add("--margin", "logprob", "difference in what (paper: logprob)", choices=["logprob", "prob"])
+    add("--margin-min-entropy", 0.0, "average only tokens above this student entropy, nats")
+    add("--min-segments", 2, "sentences that each side of the change point must have", low=1)
+    add("--bic-eps", 1e-12, "floor of the residual sum of squares", low=TINY)
+    scopes = ["batch", "sequence", "none"]
+    add("--rescale", "batch", "give kept tokens the loss mass of the whole", choices=scopes)
+    kinds = ["auto", "pretrained", "untrained"]
+    note = "NLTK's pretrained English Punkt, or an untrained one"
+    add("--splitter", "auto", note, choices=kinds)
+
+    group = parser.add_argument_group("optimisation")
+    add("--lr", None, "AdamW, constant", low=TINY)
+    add("--warmup-steps", None, "linear, updates")
+    add("--weight-decay", None, "of matrices")
+    add("--beta1", 0.9, "AdamW", high=0.999999)
+    add("--beta2", None, "AdamW", high=0.999999)
+    add("--clip-grad", 1.0, "largest gradient norm; 0: off")
+    add("--advantage-clip", None, "largest |A_t|, nats; 0: off")
+    add("--updates-per-rollout", 1, "above 1: PPO's clipped ratio", low=1)
+    add("--clip-low", 0.2, "ratio at least 1 - this", high=1)
+    add("--clip-high", 0.28, "ratio at most 1 + this")
+    add("--micro-batch", None, "rows per forward pass", low=1)
+    add("--gradient-checkpointing", False, "less memory, one more forward")
+
+    group = parser.add_argument_group("evaluation and machine")
+    add("--eval-every", None, "steps between evaluations; 0: only the first and the last")
+    add("--eval-problems", None, "JSONL with answers; toy worlds bring theirs", metavar="FILE")
+    add("--eval-count", 200, "problems", low=1)
+    add("--eval-samples", 4, "answers per problem", low=1)
+    add("--device", None, "(default cuda where there is one)", choices=["cpu", "cuda"])
+    note = "of matrix products (default bfloat16 for real students on cuda, else float32)"
+    add("--dtype", None, note, choices=dtypes)
+    add("--save-dtype", None, "of the saved student", choices=dtypes)
+    add("--threads", None, "CPU threads per process; 0: PyTorch's choice")
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
+    """Parse, then fill in what the preset and the kind of student decide; exit 2 on bad flags."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    for name, value in dataclasses.asdict(METHODS[args.method]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.max_new_tokens is None and args.problems is None:
+        args.max_new_tokens = toy.response_limit(args.difficulty)
+    for name, (on_toy, on_real) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, on_toy if args.student is None else on_real)
+    args.out = args.out or f"runs/{args.method}-seed{args.seed}"
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    real_on_gpu = args.device == "cuda" and args.student is not None
+    args.dtype = args.dtype or ("bfloat16" if real_on_gpu else "float32")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU here")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.prompts_per_step * args.rollouts_per_prompt < world:
+        parser.error(f"--prompts-per-step {args.prompts_per_step} is less than {world} processes")
+    return parser, args
+
+
+# ------------------------------------------------------------------- phases 1 to 3: what to learn
+def my_share(count: int, rank: int, world: int) -> range:
+    """The rows of `count` that process `rank` works on: contiguous, sizes differing by at most 1.
+
+    >>> [list(my_share(5, rank, 2)) for rank in range(2)]
+    [[0, 1], [2, 3, 4]]
+    """
+    return range(count * rank // world, count * (rank + 1) // world)
+
+
+def row_generator(seed: int, stream: int, first_row: int, numbers_per_row: int) -> torch.Generator:
+    """A CPU generator that stands where one process, drawing all rows in order, would reach
+    `first_row`; so the samples of a row do not depend on how rows are shared out."""
+    generator = torch.Generator().manual_seed((seed << 24) + stream)
+    if first_row:
+        torch.rand(first_row * numbers_per_row, dtype=torch.float64, generator=generator)
+    return generator
+
+
+def batch_order(count: int, first: int, length: int, seed: int) -> list[int]:
+    """Entries first..first+length-1 of an endless sequence of shuffled epochs of `count` problems.
+
+    >>> sorted(batch_order(3, 0, 3, seed=1)), sorted(batch_order(3, 3, 3, seed=1))
+    ([0, 1, 2], [0, 1, 2])
+    """
+    order = []
+    for epoch in range(first // count, (first + length - 1) // count + 1):
+        epoch_order = list(range(count))
+        random.Random(f"{seed} {epoch}").shuffle(epoch_order)
+        order += epoch_order
+    return order[first % count :][:length]
+
+
+def micro_batches(count: int, size: int) -> list[slice]:
+    """Slices of at most `size` rows."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+@torch.no_grad()
+def score(
+    teacher, batch: rollout.Rollout, *, top_k: int, vocab_size: int, micro_batch: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Phase 2: the teacher's log-probs of the sampled tokens, [B, T], and of the student's first
+    `top_k` candidates, [B, T, K], in nats at temperature 1, 0 outside the response."""
+    logp_BT = torch.zeros_like(batch.logp_BT)
+    candidate_logp_BTK = logp_BT.new_zeros(*logp_BT.shape, top_k)
+    for rows in micro_batches(len(logp_BT), micro_batch):
+        used = int(batch.response_mask_BT[rows].any(dim=0).nonzero().max()) + 1
+        ids_BT = batch.ids_BT[rows, :used]
+        # rows are padded on the right, so causal attention alone keeps padding out
+        hidden_BTD = teacher.base_model(input_ids=ids_BT, use_cache=False)[0]
+        stats = logprobs.token_stats(
+            hidden_BTD,
+            teacher.get_output_embeddings().weight,
+            ids_BT,
+            candidates_BTK=batch.topk_ids_BTK[rows, :used, :top_k],
+            mask_BT=batch.response_mask_BT[rows, :used],
+            vocab_size=vocab_size,
+        )
+        logp_BT[rows, :used] = stats.logp_BT
+        candidate_logp_BTK[rows, :used] = stats.candidate_logp_BTK
+    return logp_BT, candidate_logp_BTK
+
+
+@dataclass
+class Supervision:
+    """Which tokens to supervise, and what the rule saw.
+
+    keep_BT     bool, response tokens that keep their supervision
+    released_B  bool, true where the rule fired
+    gain_B      BIC0 - BIC1 where it fired, else 0
+    """
+
+    keep_BT: torch.Tensor
+    released_B: torch.Tensor
+    gain_B: torch.Tensor
+
+
+def supervise(batch, candidate_logp_BTK, tokenizer, splitter, args) -> Supervision:
+    """Phase 3, per rollout: sentences, their mean margins, a change point, the keep mask."""
+    B = len(batch.ids_BT)
+    keep_BT = batch.response_mask_BT.clone()
+    released_B = torch.zeros(B, dtype=torch.bool)
+    gain_B = torch.zeros(B, dtype=torch.float64)
+    if args.mask == "release":
+        margin_BT = teachability.teacher_margin(candidate_logp_BTK, kind=args.margin).cpu()
+        counted_BT = batch.entropy_BT.cpu() >= args.margin_min_entropy
+        mask_BT, ids_BT = batch.response_mask_BT.cpu(), batch.ids_BT.cpu()
+        for row in range(B):
+            mask_T = mask_BT[row]
+            segment_T = teachability.token_segments(tokenizer, ids_BT[row, mask_T], splitter)
+            scores_N = teachability.segment_scores(
+                margin_BT[row, mask_T], segment_T, include_T=counted_BT[row, mask_T]
+            )
+            point = release_rule.release_point(
+                scores_N, min_segments=args.min_segments, eps=args.bic_eps
+            )
+            keep_T = torch.from_numpy(release_rule.keep_mask(segment_T, point.kept))
+            keep_BT[row, batch.response_mask_BT[row]] = keep_T.to(keep_BT.device)
+            released_B[row], gain_B[row] = point.kept is not None, point.gain
+    return Supervision(keep_BT, released_B, gain_B)
+
+
+# --------------------------------------------------------------------- phases 4 and 5: how to learn
+def sum_over_ranks(values: list[float], device) -> list[float]:
+    """Element-wise sum over all processes."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def token_weights(
+    response_mask_BT: torch.Tensor, keep_BT: torch.Tensor, rescale: str, total: float, kept: float
+) -> torch.Tensor:
+    """Phase 4: q_t times the rescaling over the token count, so that loss = -sum_t w_t A_t log p_S.
+
+    With l_t the response mask and q_t the keep mask, the release paper gives the kept tokens the
+    loss mass of all: A'_t = A_t q_t sum(l) / sum(l q), averaged over sum(l) tokens.
+
+    Args:
+        rescale: the scope of both sums.  "batch": over all rollouts of all processes, w = q / kept.
+            "sequence": per rollout, w = q * (its tokens / its kept tokens) / total.
+            "none": w = q / total.
+        total, kept: response tokens and kept tokens of the whole batch, over all processes.
+
+    >>> l = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    >>> q = torch.tensor([[True, True, False, False], [True, True, False, False]])
+    >>> for scope in ("batch", "sequence", "none"):
+    ...     (token_weights(l, q, scope, 6, 4) * 12).int().tolist()
+    [[3, 3, 0, 0], [3, 3, 0, 0]]
+    [[4, 4, 0, 0], [2, 2, 0, 0]]
+    [[2, 2, 0, 0], [2, 2, 0, 0]]
+    """
+    q_BT = keep_BT.float()
+    if rescale == "batch":
+        return q_BT / max(kept, 1)
+    if rescale == "sequence":
+        q_BT = q_BT * response_mask_BT.sum(1, keepdim=True) / q_BT.sum(1, keepdim=True).clamp(min=1)
+    return q_BT / max(total, 1)
+
+
+class StudentLogProbs(torch.nn.Module):
+    """The student's forward as training needs it: ids in, log-probs of wanted tokens out.
+
+    DDP hooks the forward of what it wraps, so backbone and chunked head must both be in here.
+    """
+
+    def __init__(self, model, vocab_size: int, temperature: float):
+        super().__init__()
+        self.model, self.vocab_size, self.temperature = model, vocab_size, temperature
+
+    def forward(self, ids_BT, mask_BT):
+        """Log-probs [B, T] in nats at the sampling temperature, 0 outside `mask_BT`."""
+        hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
+        return logprobs.token_logprobs(
+            hidden_BTD, self.model.get_output_embeddings().weight, ids_BT,
+            mask_BT=mask_BT, vocab_size=self.vocab_size, temperature=self.temperature,
+        )
+
+
+def policy_gradient_loss(
+    logp_BT: torch.Tensor,
+    advantage_BT: torch.Tensor,
+    weight_BT: torch.Tensor,
+    behaviour_logp_BT: torch.Tensor | None = None,
+    clip: tuple[float, float] = (0.2, 0.28),
+) -> torch.Tensor:
+    """-sum_t w_t A_t log p_S(y_t); with `behaviour_logp_BT` PPO's clipped ratio instead (scalar).
+
+    The ratio form, -sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t), is for several
+    updates on the same rollouts; at r = 1 its gradient is that of the plain form.
+    """
+    if behaviour_logp_BT is None:
+        return -(weight_BT * advantage_BT * logp_BT).sum()
+    ratio_BT = (logp_BT - behaviour_logp_BT).exp()
+    clipped_BT = ratio_BT.clamp(1 - clip[0], 1 + clip[1])
+    return -(weight_BT * torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)).sum()
+
+
+def update(student, optimizer, batch, advantage_BT, keep_BT, weight_BT, args):
+    """Phase 5: one optimizer step over micro-batches; returns (loss over all ranks, grad norm).
+
+    Columns after the last kept token are cut off before the forward: attention is causal, so what
+    was released costs nothing.  Rows without a kept token are left out too, but every process runs
+    at least one backward, or DDP would wait for it for ever.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    row_R = keep_BT.any(dim=1).nonzero()[:, 0]
+    row_R = row_R if len(row_R) else torch.zeros(1, dtype=torch.int64, device=keep_BT.device)
+    slices = micro_batches(len(row_R), args.micro_batch)
+    optimizer.zero_grad(set_to_none=True)
+    local_loss = 0.0
+    for piece in slices:
+        rows = row_R[piece]
+        kept_columns = keep_BT[rows].any(dim=0).nonzero()
+        used = int(kept_columns.max()) + 1 if len(kept_columns) else 2
+        last = piece.stop == len(row_R)
+        wait = contextlib.nullcontext() if last or world == 1 else student.no_sync()
+        with wait, autocast(args):
+            logp_BT = student(batch.ids_BT[rows, :used], keep_BT[rows, :used])
+            loss = policy_gradient_loss(
+                logp_BT,
+                advantage_BT[rows, :used],
+                weight_BT[rows, :used],
+                batch.logp_BT[rows, :used] if args.updates_per_rollout > 1 else None,
+                (args.clip_low, args.clip_high),
+            )
+            (loss * world).backward()  # DDP averages over ranks; the weights already count all
+        local_loss += loss.item()
+    limit = args.clip_grad if args.clip_grad > 0 else math.inf
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), limit).item()
+    (loss,) = sum_over_ranks([local_loss], keep_BT.device)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+    optimizer.step()
+    return loss, norm
+
+
+def autocast(args):
+    """Matrix products in bfloat16 where asked for; parameters and everything else stay float32."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+# ---------------------------------------------------------------------------------------- one run
+@dataclass
+class Run:
+    """Everything that one process holds while it trains."""
+
+    args: argparse.Namespace
+    rank: int
+    world: int
+    tokenizer: object
+    splitter: object
+    splitter_name: str
+    vocab_size: int
+    pad_id: int
+    prompts: list[list[int]]
+    eval_problems: list[dict]
+    eval_prompts: list[list[int]]
+    stop_ids: list[int] = ()
+    model: object = None  # the student, a Hugging Face model
+    student: object = None  # StudentLogProbs around it, within DDP when there are several processes
+    teacher: object = None
+    optimizer: object = None
+    scheduler: object = None
+
+
+class Stopwatch:
+    """Seconds by phase; waits for the GPU, so that a phase pays for what it launched."""
+
+    def __init__(self, device: str):
+        self.device, self.seconds, self.start = device, {}, time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Charge the time since the last call to `phase`."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.start
+        self.start = now
+
+
+def sample(run: Run, step: int) -> rollout.Rollout:
+    """Phase 1: this process's share of the step's rollouts."""
+    args = run.args
+    count = args.prompts_per_step
+    order = batch_order(len(run.prompts), step * count, count, args.seed)
+    rows = [run.prompts[i] for i in order for _ in range(args.rollouts_per_prompt)]
+    mine = my_share(len(rows), run.rank, run.world)
+    with autocast(args):
+        return rollout.generate(
+            run.model,
+            rows[mine.start : mine.stop],
+            max_new_tokens=args.max_new_tokens,
+            eos_ids=run.stop_ids,
+            pad_id=run.pad_id,
+            temperature=args.temperature,
+            top_k=args.margin_top_k,
+            batch_size=args.sample_batch,
+            generator=row_generator(args.seed, step, mine.start, args.max_new_tokens),
+            vocab_size=run.vocab_size,
+        )
+
+
+def train_step(run: Run, step: int) -> dict:
+    """The six phases; returns the log line."""
+    args, watch = run.args, Stopwatch(run.args.device)
+    batch = sample(run, step)
+    watch.lap("sample")
+
+    teacher_logp_BT, candidate_logp_BTK = score(
+        run.teacher,
+        batch,
+        top_k=args.margin_top_k,
+        vocab_size=run.vocab_size,
+        micro_batch=args.micro_batch,
+    )
+    watch.lap("score")
+
+    choice = supervise(batch, candidate_logp_BTK, run.tokenizer, run.splitter, args)
+    watch.lap("mask")
+
+    mask_BT = batch.response_mask_BT
+    advantage_BT = teacher_logp_BT - batch.logp_BT
+    reverse_kl = -(advantage_BT * mask_BT).sum().item()
+    if args.advantage_clip > 0:
+        advantage_BT = advantage_BT.clamp(-args.advantage_clip, args.advantage_clip)
+    sums = batch_sums(batch, choice, reverse_kl)
+    sums = dict(zip(sums, sum_over_ranks(list(sums.values()), mask_BT.device), strict=True))
+    weight_BT = token_weights(
+        mask_BT, choice.keep_BT, args.rescale, sums["tokens"], sums["kept_tokens"]
+    )
+    for _ in range(args.updates_per_rollout):
+        loss, norm = update(
+            run.student, run.optimizer, batch, advantage_BT, choice.keep_BT, weight_BT, args
+        )
+        run.scheduler.step()
+    watch.lap("update")
+    return log_line(step, loss, norm, sums, watch.seconds)
+
+
+def batch_sums(batch: rollout.Rollout, choice: Supervision, reverse_kl: float) -> dict[str, float]:
+    """Numerators and denominators of this process, to be added up over all of them."""
+    mask_BT, keep_BT = batch.response_mask_BT, choice.keep_BT
+    kept_share_B = (keep_BT.sum(1) / mask_BT.sum(1)).cpu()
+    return {
+        "rollouts": len(mask_BT),
+        "tokens": mask_BT.sum().item(),
+        "kept_tokens": keep_BT.sum().item(),
+        "reverse_kl": reverse_kl,
+        "entropy": batch.entropy_BT.sum().item(),
+        "truncated": batch.truncated_B.sum().item(),
+        "fired": choice.released_B.sum().item(),
+        "release_at": kept_share_B[choice.released_B].sum().item(),
+        "bic_gain": choice.gain_B.sum().item(),
+        "bic_gain_over_6": (choice.gain_B > 6).sum().item(),
+    }
+
+
+def log_line(step: int, loss: float, norm: float, sums: dict, seconds: dict) -> dict:
+    """One step for log.jsonl; README's glossary says what each number is."""
+    rollouts, tokens, fired = sums["rollouts"], sums["tokens"], sums["fired"]
+    total = sum(seconds.values())
+    return {
+        "step": step + 1,
+        "loss": loss,
+        "reverse_kl": sums["reverse_kl"] / tokens,
+        "entropy": sums["entropy"] / tokens,
+        "response_tokens": tokens / rollouts,
+        "truncated": sums["truncated"] / rollouts,
+        "kept": sums["kept_tokens"] / tokens,
+        "kept_tokens": int(sums["kept_tokens"]),
+        "fired": fired / rollouts,
+        "release_at": sums["release_at"] / fired if fired else None,
+        "bic_gain": sums["bic_gain"] / fired if fired else None,
+        "bic_gain_over_6": sums["bic_gain_over_6"] / rollouts,
+        "grad_norm": norm,
+        "seconds": {name: round(value, 4) for name, value in (seconds | {"total": total}).items()},
+        "tokens_per_second": tokens / total,
+    }
+
+
+def evaluate_student(run: Run, step: int) -> dict | None:
+    """mean@n on the held-out problems, shared over all processes; null without such problems.
+
+    Every evaluation uses the same uniform numbers, so that two of them differ by the student only.
+    """
+    if not run.eval_problems:
+        return None
+    args, start = run.args, time.perf_counter()
+    mine = my_share(len(run.eval_problems), run.rank, run.world)
+    first_row = mine.start * args.eval_samples
+    with autocast(args):
+        records = evaluate.sample_answers(
+            run.model,
+            run.tokenizer,
+            run.eval_problems[mine.start : mine.stop],
+            run.eval_prompts[mine.start : mine.stop],
+            samples=args.eval_samples,
+            max_new_tokens=args.max_new_tokens,
+            temperature=1.0,
+            stop_ids=run.stop_ids,
+            pad_id=run.pad_id,
+            batch_size=args.sample_batch,
+            generator=row_generator(0, EVALUATION_STREAM, first_row, args.max_new_tokens),
+            vocab_size=run.vocab_size,
+            progress=False,
+        )
+    if run.world > 1:
+        shares = [None] * run.world
+        dist.all_gather_object(shares, records)
+        records = [record for share in shares for record in share]
+    summary = evaluate.summarise(records)
+    return {"step": step, **summary, "seconds": {"evaluate": round(time.perf_counter() - start, 4)}}
+
+
+EVALUATION_STREAM = 2**23  # of `row_generator`; training steps use 0, 1, 2, ...
+
+
+# ------------------------------------------------------------------------------------------ set-up
+def common_vocabulary(student_tokenizer, teacher_tokenizer) -> int:
+    """Number of leading ids that mean the same token to both.
+
+    Raises:
+        ValueError: an id below the shorter tokenizer's length stands for different tokens.
+    """
+    names = [
+        {i: token for token, i in tokenizer.get_vocab().items()}
+        for tokenizer in (student_tokenizer, teacher_tokenizer)
+    ]
+    size = min(max(by_id) + 1 for by_id in names)
+    wrong = [i for i in range(size) if names[0].get(i) != names[1].get(i)]
+    if wrong:
+        i = wrong[0]
+        raise ValueError(
+            f"--teacher has another tokenizer than --student: {len(wrong)} of {size} ids differ, "
+            f"the first is {i}, student's {names[0].get(i)!r}, teacher's {names[1].get(i)!r}"
+        )
+    return size
+
+
+def load_prompts(args, tokenizer, path: str | None, split: str) -> tuple[list, list]:
+    """Problems of a file or of the toy world, and their prompts in the student's template, which
+    the teacher reads too: two templates would be two prompts."""
+    if path is not None:
+        problems = evaluate.load_problems(path, require_answer=split == "test")
+    else:
+        count = args.eval_count if split == "test" else 4096
+        seed = 0 if split == "test" else args.seed
+        problems = evaluate.from_records(
+            toy.problems(count, moves=args.difficulty, split=split, seed=seed), where="toy"
+        )
+    if split == "test":
+        problems = problems[: args.eval_count]
+    return problems, evaluate.render_prompts(tokenizer, problems, thinking=args.thinking)
+
+
+def prepare(args, rank: int, world: int) -> Run:
+    """Everything that can fail without the weights: tokenizers, problems, prompts, limits."""
+    paths = student_and_teacher(args)
+    tokenizers, configs = {}, {}
+    for flag, path in paths.items():
+        tokenizers[flag] = evaluate.load_tokenizer(path, trust_remote_code=args.trust_remote_code)
+        config = evaluate.load_config(path, trust_remote_code=args.trust_remote_code)
+        configs[flag] = config.get_text_config(decoder=True)
+    tokenizer = tokenizers["--student"]
+    vocab_size = min(
+        common_vocabulary(*tokenizers.values()), *(c.vocab_size for c in configs.values())
+    )
+    if args.margin_top_k > vocab_size:
+        raise ValueError(
+            f"--margin-top-k {args.margin_top_k} exceeds the vocabulary of {vocab_size}"
+        )
+    problems, prompts = load_prompts(args, tokenizer, args.problems, "train")
+    eval_problems, eval_prompts = [], []
+    if args.eval_problems is not None or args.problems is None:
+        eval_problems, eval_prompts = load_prompts(args, tokenizer, args.eval_problems, "test")
+    for config in configs.values():
+        evaluate.check_fit(
+            config, problems + eval_problems, prompts + eval_prompts, args.max_new_tokens
+        )
+    splitter, splitter_name = None, None
+    if args.mask == "release":
+        try:
+            splitter, splitter_name = teachability.sentence_splitter(args.splitter, download=True)
+        except LookupError as error:
+            raise ValueError(f"--splitter {args.splitter}: {error}") from None
+    return Run(
+        args=args, rank=rank, world=world, tokenizer=tokenizer, splitter=splitter,
+        splitter_name=splitter_name, vocab_size=vocab_size, pad_id=evaluate.pad_id(tokenizer),
+        prompts=prompts, eval_problems=eval_problems, eval_prompts=eval_prompts,
+    )
+
+
+def student_and_teacher(args) -> dict[str, str]:
+    """The two models by flag; the toy world's where the flag was left out."""
+    world = toy.world(args.toy)
+    return {
+        "--student": str(args.student or world.student),
+        "--teacher": str(args.teacher or world.teacher),
+    }
+
+
+def check_folder(out: Path) -> None:
+    """ValueError unless a run could be written to `out`; leaves no trace."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file")
+    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
+        raise ValueError(f"--out {out} holds files that are not a run; name another folder")
+    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=place))
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def make_folder(out: Path) -> None:
+    """Create the run folder.  An earlier run in its place is moved to <out>.1, <out>.2, ..."""
+    if out.exists() and any(out.iterdir()):
+        number = 1
+        while out.with_name(f"{out.name}.{number}").exists():
+            number += 1
+        out.rename(out.with_name(f"{out.name}.{number}"))
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def describe(run: Run) -> dict:
+    """config.json: every flag and what the numbers depended on."""
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+    )
+    device = torch.cuda.get_device_name() if run.args.device == "cuda" else platform.processor()
+    return {
+        "flags": vars(run.args),
+        "models": student_and_teacher(run.args),
+        "processes": run.world,
+        "vocabulary": run.vocab_size,
+        "stop_ids": run.stop_ids,
+        "sentence_splitter": run.splitter_name,
+        "training_problems": len(run.prompts),
+        "evaluation_problems": len(run.eval_problems),
+        "commit": commit.stdout.strip() or None,
+        "device": device or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "numpy": np.__version__,
+        },
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def load_models(run: Run, device: torch.device) -> None:
+    """Student in float32 (what AdamW needs), teacher in the type of the matrix products."""
+    args = run.args
+    for flag, path in student_and_teacher(args).items():
+        is_student = flag == "--student"
+        dtype = torch.float32 if is_student else getattr(torch, args.dtype)
+        model = evaluate.load_model(
+            path, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code
+        )
+        check_head(flag, model, run.prompts[0][:8])
+        if is_student:
+            run.model = model.train()  # dropout is 0; checkpointing works in training mode only
+        else:
+            run.teacher = model.requires_grad_(False)
+    run.stop_ids = evaluate.stop_ids(run.model, run.teacher, run.tokenizer)
+    if args.gradient_checkpointing:
+        run.model.gradient_checkpointing_enable({"use_reentrant": False})
+    student = StudentLogProbs(run.model, run.vocab_size, args.temperature)
+    if run.world > 1:
+        student = DistributedDataParallel(
+            student, device_ids=[device.index] if device.type == "cuda" else None
+        )
+    run.student = student
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    run.optimizer = torch.optim.AdamW(
+        groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=device.type == "cuda"
+    )
+    run.scheduler = torch.optim.lr_scheduler.LambdaLR(
+        run.optimizer, lambda done: min(1.0, (done + 1) / max(args.warmup_steps, 1))
+    )
+
+
+@torch.no_grad()
+def check_head(flag: str, model, prompt: list[int]) -> None:
+    """The chunked head computes hidden @ weight.T; refuse a model whose head does more."""
+    ids_BT = torch.tensor([prompt], device=model.device)
+    head = model.get_output_embeddings()
+    ours = model.base_model(input_ids=ids_BT, use_cache=False)[0] @ head.weight.T
+    theirs = model(input_ids=ids_BT, use_cache=False).logits
+    if (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
+        raise ValueError(
+            f"{flag} {type(model).__name__}: its logits are not hidden states times a matrix (a "
+            "bias, a soft cap or a scale); not supported"
+        )
+
+
+def start_processes(args, world: int) -> torch.device:
+    """Join the process group that torchrun describes: gloo on CPU, nccl on GPU."""
+    device = torch.device(args.device)
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    return device
+
+
+def train(run: Run, out: Path) -> list[dict]:
+    """The loop: evaluate, step, log; returns the evaluation lines."""
+    args, evaluations, accuracy = run.args, [], ""
+    with open(out / "log.jsonl", "a") if run.rank == 0 else contextlib.nullcontext() as log:
+
+        def write(line):
+            if run.rank == 0 and line is not None:
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+
+        bar = tqdm(total=args.steps, desc=args.method, unit="step", disable=run.rank > 0)
+        for step in range(args.steps + 1):
+            if step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0):
+                line = evaluate_student(run, step)
+                write(line)
+                if line:
+                    evaluations.append(line)
+                    accuracy = f"{line['accuracy']:.3f}"
+            if step == args.steps:
+                break
+            line = train_step(run, step)
+            write(line)
+            shown = {name: f"{line[name]:.3f}" for name in ("reverse_kl", "kept")}
+            bar.set_postfix(shown | ({"accuracy": accuracy} if accuracy else {}))
+            bar.update()
+        bar.close()
+    return evaluations
+
+
+def save_student(run: Run, out: Path) -> None:
+    """student/ in Hugging Face format: written beside its place, then renamed into it."""
+    target, half_written = out / "student", out / "student.partial"
+    run.model.to(getattr(torch, run.args.save_dtype)).save_pretrained(half_written)
+    run.tokenizer.save_pretrained(half_written)
+    half_written.rename(target)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check everything, then load, train, save and say what came of it."""
+    parser, args = parse(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    out = Path(args.out)
+    try:
+        check_folder(out)
+        run = prepare(args, rank, world)
+        device = start_processes(args, world)
+        load_models(run, device)
+    except ValueError as error:
+        parser.error(" ".join(str(error).split()))
+    if rank == 0:
+        make_folder(out)
+        (out / "config.json").write_text(json.dumps(describe(run), indent=2) + "\n")
+    evaluations = train(run, out)
+    if rank == 0:
+        save_student(run, out)
+        for line in evaluations[:1] + evaluations[-1:]:
+            print(
+                "step {step}: mean@{samples} {accuracy:.3f}, 95% interval {accuracy_low:.3f} to "
+                "{accuracy_high:.3f}, {problems} problems".format(**line)
+            )
+        print(f"wrote {out}/config.json, log.jsonl, student/")
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves before rank 0 has saved
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
