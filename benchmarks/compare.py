@@ -1,0 +1,109 @@
+"""Methods x toy worlds x seeds: the real `train.py`, run to run, and a table of what came out.
+
+    python benchmarks/compare.py                     what the README shows
+
+Every run is a process of its own in runs/compare/<world>-<method>-seed<n>; finished ones are not
+run again, so an interrupted comparison goes on where it stopped.  Writes results/compare.json
+(every run and every evaluation) and results/compare.md (the table), and prints the JSON's summary
+on its last line.  All runs see the same held-out problems and the same uniform numbers there.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(world: str, method: str, seed: int, place: Path, extra: list[str]) -> dict:
+    """One training run, or what is left of it from an earlier call."""
+    folder = place / f"{world}-{method}-seed{seed}"
+    if not (folder / "student").exists():
+        command = [sys.executable, ROOT / "train.py", "--toy", world, "--method", method]
+        command += ["--seed", str(seed), "--out", folder, *extra]
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{folder.name}: exit {done.returncode}\n{done.stderr[-3000:]}")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    config = json.loads((folder / "config.json").read_text())
+    training = [line for line in lines if "loss" in line]
+    return {
+        "world": world,
+        "method": method,
+        "seed": seed,
+        "accuracy": {
+            line["step"]: [line["accuracy"], line["accuracy_low"], line["accuracy_high"]]
+            for line in lines
+            if "accuracy" in line
+        },
+        "kept": statistics.mean(line["kept"] for line in training),
+        "fired": statistics.mean(line["fired"] for line in training),
+        "seconds_per_step": statistics.mean(line["seconds"]["total"] for line in training),
+        "commit": config["commit"],
+    }
+
+
+def mean_and_error(values: list[float]) -> str:
+    """Mean +- standard error over seeds."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+
+
+def table(results: list[dict]) -> str:
+    """One Markdown row per world and method; a column per evaluated step, every seed at the end."""
+    groups: dict[tuple, list[dict]] = {}
+    for result in results:
+        groups.setdefault((result["world"], result["method"]), []).append(result)
+    steps = list(results[0]["accuracy"])
+    head = ["world", "method", *(f"step {s}" for s in steps), "each seed at the end", "kept"]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for (world, method), group in groups.items():
+        curve = [mean_and_error([r["accuracy"][s][0] for r in group]) for s in steps]
+        last = ", ".join(f"{r['accuracy'][steps[-1]][0]:.3f}" for r in group)
+        kept = f"{statistics.mean(r['kept'] for r in group):.2f}"
+        rows.append("| " + " | ".join([world, method, *curve, last, kept]) + " |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Run what is missing, then write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--worlds", nargs="+", default=["horizon", "clean"])
+    parser.add_argument("--methods", nargs="+", default=["release", "opd"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "compare", metavar="STEM")
+    parser.add_argument("extra", nargs="*", help="after --: more flags for every train.py")
+    args = parser.parse_args()
+    start, results = time.perf_counter(), []
+    todo = [(w, m, s) for w in args.worlds for m in args.methods for s in args.seeds]
+    for world, method, seed in tqdm(todo, unit="run"):
+        results.append(run(world, method, seed, args.runs, args.extra))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": "python benchmarks/compare.py " + " ".join(sys.argv[1:]),
+        "machine": f"{platform.machine()}, 1 thread per run",
+        "minutes": round((time.perf_counter() - start) / 60, 1),
+        "runs": results,
+    }
+    args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    args.out.with_suffix(".md").write_text(table(results) + "\n")
+    print(table(results))
+    final = {
+        f"{r['world']}/{r['method']}/{r['seed']}": list(r["accuracy"].values())[-1][0]
+        for r in results
+    }
+    print(json.dumps(final))
+
+
+if __name__ == "__main__":
+    main()
