@@ -73,6 +73,12 @@ def test_response_mask_includes_the_stop_token(model):
         assert ids[-1] in EOS and not set(ids[:-1]) & set(EOS)
 
 
+def test_a_stop_token_in_the_last_place_is_no_truncation(model):
+    anything = range(VOCABULARY)
+    assert not sample(model, max_new_tokens=1, eos_ids=anything).truncated_B.any()
+    assert sample(model, max_new_tokens=1, eos_ids=[]).truncated_B.all()
+
+
 def test_sampled_frequencies_match_the_softmax():
     """Chi-square over 40,000 draws of one position; with the seed fixed the verdict is fixed too,
     and a right sampler fails it for one seed in a million (Wilson-Hilferty, z = 4.75)."""
