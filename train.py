@@ -581,13 +581,11 @@ def log_line(step: int, loss: float, norm: float, sums: dict, seconds: dict) -> 
     }
 
 
-def evaluate_student(run: Run, step: int) -> dict | None:
-    """mean@n on the held-out problems, shared over all processes; null without such problems.
+def evaluate_student(run: Run, step: int) -> dict:
+    """mean@n on the held-out problems, shared over all processes.
 
     Every evaluation uses the same uniform numbers, so that two of them differ by the student only.
     """
-    if not run.eval_problems:
-        return None
     args, start = run.args, time.perf_counter()
     mine = my_share(len(run.eval_problems), run.rank, run.world)
     first_row = mine.start * args.eval_samples
@@ -816,29 +814,25 @@ def start_processes(args, world: int) -> torch.device:
 
 def train(run: Run, out: Path) -> list[dict]:
     """The loop: evaluate, step, log; returns the evaluation lines."""
-    args, evaluations, accuracy = run.args, [], ""
+    args, evaluations, shown = run.args, [], {}
     with open(out / "log.jsonl", "a") if run.rank == 0 else contextlib.nullcontext() as log:
 
-        def write(line):
-            if run.rank == 0 and line is not None:
+        def write(line: dict, names: tuple[str, ...]) -> None:
+            if run.rank == 0:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
+            shown.update({name: f"{line[name]:.3f}" for name in names})
+            bar.set_postfix(shown)
 
         bar = tqdm(total=args.steps, desc=args.method, unit="step", disable=run.rank > 0)
         for step in range(args.steps + 1):
-            if step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0):
-                line = evaluate_student(run, step)
-                write(line)
-                if line:
-                    evaluations.append(line)
-                    accuracy = f"{line['accuracy']:.3f}"
-            if step == args.steps:
-                break
-            line = train_step(run, step)
-            write(line)
-            shown = {name: f"{line[name]:.3f}" for name in ("reverse_kl", "kept")}
-            bar.set_postfix(shown | ({"accuracy": accuracy} if accuracy else {}))
-            bar.update()
+            due = step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0)
+            if due and run.eval_problems:
+                evaluations.append(evaluate_student(run, step))
+                write(evaluations[-1], ("accuracy",))
+            if step < args.steps:
+                write(train_step(run, step), ("reverse_kl", "kept"))
+                bar.update()
         bar.close()
     return evaluations
 
