@@ -1,11 +1,14 @@
-"""Methods x toy worlds x seeds: the real `train.py`, run to run, and a table of what came out.
+r"""Methods x toy worlds x seeds: the real `train.py`, run to run, and a table of what came out.
 
-    python benchmarks/compare.py                     what the README shows
+    python benchmarks/compare.py                     the README's first table
+    python benchmarks/compare.py --worlds horizon --methods release --seeds 0 1 2 \
+        --runs runs/long --out results/long -- --steps 100 --eval-every 20        its second
 
 Every run is a process of its own in runs/compare/<world>-<method>-seed<n>; finished ones are not
 run again, so an interrupted comparison goes on where it stopped.  Writes results/compare.json
-(every run and every evaluation) and results/compare.md (the table), and prints the JSON's summary
-on its last line.  All runs see the same held-out problems and the same uniform numbers there.
+(every run and every evaluation) and results/compare.md (the table: mean ± standard error over
+seeds; shares averaged over steps and seeds).  The last line printed is JSON.  All runs see the
+same held-out problems and the same uniform numbers there.
 """
 
 import argparse
@@ -14,7 +17,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -45,7 +47,9 @@ def run(world: str, method: str, seed: int, place: Path, extra: list[str]) -> di
         },
         "kept": statistics.mean(line["kept"] for line in training),
         "fired": statistics.mean(line["fired"] for line in training),
+        "bic_gain_over_6": statistics.mean(line["bic_gain_over_6"] for line in training),
         "seconds_per_step": statistics.mean(line["seconds"]["total"] for line in training),
+        "seconds": sum(x["seconds"].get("total", x["seconds"].get("evaluate")) for x in lines),
         "commit": config["commit"],
     }
 
@@ -64,13 +68,17 @@ def table(results: list[dict]) -> str:
     for result in results:
         groups.setdefault((result["world"], result["method"]), []).append(result)
     steps = list(results[0]["accuracy"])
-    head = ["world", "method", *(f"step {s}" for s in steps), "each seed at the end", "kept"]
+    shares = ["fired", "gain > 6", "kept"]
+    head = ["world", "method", *(f"step {s}" for s in steps), "each seed at the end", *shares]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for (world, method), group in groups.items():
         curve = [mean_and_error([r["accuracy"][s][0] for r in group]) for s in steps]
         last = ", ".join(f"{r['accuracy'][steps[-1]][0]:.3f}" for r in group)
-        kept = f"{statistics.mean(r['kept'] for r in group):.2f}"
-        rows.append("| " + " | ".join([world, method, *curve, last, kept]) + " |")
+        seen = [
+            f"{statistics.mean(r[key] for r in group):.2f}"
+            for key in ("fired", "bic_gain_over_6", "kept")
+        ]
+        rows.append("| " + " | ".join([world, method, *curve, last, *seen]) + " |")
     return "\n".join(rows)
 
 
@@ -84,15 +92,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "compare", metavar="STEM")
     parser.add_argument("extra", nargs="*", help="after --: more flags for every train.py")
     args = parser.parse_args()
-    start, results = time.perf_counter(), []
+    results = []
     todo = [(w, m, s) for w in args.worlds for m in args.methods for s in args.seeds]
     for world, method, seed in tqdm(todo, unit="run"):
         results.append(run(world, method, seed, args.runs, args.extra))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": "python benchmarks/compare.py " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python benchmarks/compare.py", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, 1 thread per run",
-        "minutes": round((time.perf_counter() - start) / 60, 1),
+        "minutes": round(sum(result["seconds"] for result in results) / 60, 1),
         "runs": results,
     }
     args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
