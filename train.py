@@ -56,7 +56,7 @@ import toy
 # ------------------------------------------------------------------------------- methods, flags
 @dataclass(frozen=True)
 class Method:
-    """What a `--method` name stands for; each field is a flag that can override it."""
+    """What a `--method` name stands for; every field has a flag that overrides it."""
 
     objective: str  # pg: policy gradient on the sampled token
     mask: str  # none: supervise every response token; release: up to the release point
@@ -69,21 +69,90 @@ METHODS = {
     # (prefix, shuffled, random, std); the exact divergences rkl, fkl, jsd.
 }
 
-# One default for the toy student, one for real models: where the two papers give settings, theirs.
-DEFAULTS = {
-    "steps": (30, 100),
-    "prompts_per_step": (64, 128),
-    "micro_batch": (64, 4),
-    "max_new_tokens": ("what the toy task needs", 8192),
-    "lr": (1e-3, 1e-5),
-    "weight_decay": (0.01, 0.1),
-    "beta2": (0.95, 0.98),
-    "warmup_steps": (5, 0),
-    "advantage_clip": (10.0, 0.0),
-    "eval_every": (10, 0),
-    "save_dtype": ("float32", "bfloat16"),
-    "threads": (1, 0),
-}
+BIG, TINY = 1e18, 1e-30  # "finite" and "positive"
+DTYPES = ["float32", "bfloat16"]
+
+
+def number(kind: type, low: float, high: float):
+    """An argparse type: an int or float in [low, high]; nan and inf are in none."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            least = "positive" if low == TINY else f"at least {low}"
+            bounds = least if high == BIG else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"
+    return convert
+
+
+# Flag, default, help with the unit, limits or choices.  Of a default in two parts the first is for
+# the toy student, the second for any other: where the papers give settings, theirs.
+FLAGS = {
+    "what to run": [
+        ("--method", "release", "preset", {"choices": list(METHODS)}),
+        ("--objective", None, "overrides the preset", {"choices": ["pg"]}),
+        ("--mask", None, "overrides the preset", {"choices": ["none", "release"]}),
+        ("--out", None, "run folder (default runs/<method>-seed<seed>)", {"metavar": "FOLDER"}),
+        ("--seed", 0, "of data order and sampling", {"high": 2**31}),
+        ("--steps", (30, 100), "batches of rollouts", {"low": 1}),
+    ],
+    "models and problems": [
+        ("--toy", "horizon", "world for what the next three leave out", {"choices": [*toy.WORLDS]}),
+        ("--student", None, "model folder or hub name", {"metavar": "MODEL"}),
+        ("--teacher", None, "model folder or hub name", {"metavar": "MODEL"}),
+        ("--problems", None, "JSONL with problem, prompt or messages", {"metavar": "FILE"}),
+        ("--difficulty", 12, "moves per toy problem", {"low": 1, "high": toy.MAX_MOVES}),
+        ("--trust-remote-code", False, "run code that comes with a model", {}),
+        ("--thinking", False, "render prompts in thinking mode", {}),
+    ],
+    "sampling": [
+        ("--prompts-per-step", (64, 128), "prompts per step, over all processes", {"low": 1}),
+        ("--rollouts-per-prompt", 1, "responses to each", {"low": 1}),
+        ("--max-new-tokens", None, "longest response (default what toy problems need, else 8192)",
+         {"type": number(int, 1, BIG), "metavar": "N"}),
+        ("--temperature", 1.0, "of sampling; the student is scored at the same one", {"low": TINY}),
+        ("--sample-batch", 256, "most rollouts in flight, per process", {"low": 1}),
+    ],
+    "release rule": [
+        ("--margin-top-k", 4, "student candidates that the margin looks at, tokens", {"low": 2}),
+        ("--margin", "logprob", "difference in what", {"choices": ["logprob", "prob"]}),
+        ("--margin-min-entropy", 0.0, "average only tokens above this student entropy, nats", {}),
+        ("--min-segments", 2, "sentences that each side of the change point needs", {"low": 1}),
+        ("--bic-eps", 1e-12, "floor of the residual sum of squares", {"low": TINY}),
+        ("--rescale", "batch", "scope in which the kept tokens get the loss mass of the whole",
+         {"choices": ["batch", "sequence", "none"]}),
+        ("--splitter", "auto", "NLTK's pretrained English Punkt, or an untrained one",
+         {"choices": ["auto", "pretrained", "untrained"]}),
+    ],
+    "optimisation": [
+        ("--lr", (1e-3, 1e-5), "AdamW, constant", {"low": TINY}),
+        ("--warmup-steps", (5, 0), "linear, updates", {}),
+        ("--weight-decay", (0.01, 0.1), "of matrices", {}),
+        ("--beta1", 0.9, "AdamW", {"high": 0.999999}),
+        ("--beta2", (0.95, 0.98), "AdamW", {"high": 0.999999}),
+        ("--clip-grad", 1.0, "largest gradient norm; 0: off", {}),
+        ("--advantage-clip", (10.0, 0.0), "largest |A_t|, nats; 0: off", {}),
+        ("--updates-per-rollout", 1, "above 1: PPO's clipped ratio", {"low": 1}),
+        ("--clip-low", 0.2, "ratio at least 1 - this", {"high": 1}),
+        ("--clip-high", 0.28, "ratio at most 1 + this", {}),
+        ("--micro-batch", (64, 4), "rows per forward pass", {"low": 1}),
+        ("--gradient-checkpointing", False, "less memory, one more forward", {}),
+    ],
+    "evaluation and machine": [
+        ("--eval-every", (10, 0), "steps between evaluations; 0: only first and last", {}),
+        ("--eval-problems", None, "JSONL with answers; toys have theirs", {"metavar": "FILE"}),
+        ("--eval-count", 200, "problems", {"low": 1}),
+        ("--eval-samples", 4, "answers per problem", {"low": 1}),
+        ("--device", None, "(default cuda where there is one)", {"choices": ["cpu", "cuda"]}),
+        ("--dtype", None, "of matrix products (default bfloat16 for real students on cuda, else "
+         "float32)", {"choices": DTYPES}),
+        ("--save-dtype", ("float32", "bfloat16"), "of the saved student", {"choices": DTYPES}),
+        ("--threads", (1, 0), "CPU threads per process; 0: PyTorch's choice", {}),
+    ],
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,101 +165,25 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def number(kind: type, low: float, high: float):
-    """An argparse type: an int or float in [low, high]."""
-
-    def convert(text: str):
-        value = kind(text)
-        if not low <= value <= high:
-            bounds = f"at least {low}" if high == BIG else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
-        return value
-
-    convert.__name__ = "whole number" if kind is int else "number"
-    return convert
-
-
-BIG, TINY = 1e18, 1e-30  # "finite" and "positive"
-
-
 def make_parser() -> Parser:
-    """Every flag, with its unit; a default of two parts is shown as toy student | real student."""
+    """FLAGS for argparse; defaults of two parts stay None until `parse` knows the student."""
     parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    dtypes = ["float32", "bfloat16"]
-
-    def add(flag, default, text, low=0, high=BIG, **more):
-        name = flag[2:].replace("-", "_")
-        on_toy, on_real = DEFAULTS.get(name, (default, default))
-        if default is False:
-            more["action"] = "store_true"
-        elif isinstance(on_real, int | float):
-            more |= {"type": number(type(on_real), low, high), "metavar": "N"}
-        if name in DEFAULTS:
-            text += f" (default {on_toy} | {on_real})"
-        elif default is not None and default is not False:
-            text += f" (default {default})"
-        group.add_argument(flag, default=default, help=text, **more)
-
-    group = parser.add_argument_group("what to run", "defaults of two parts: toy | real student")
-    add("--method", "release", "preset", choices=list(METHODS))
-    add("--objective", None, "overrides the preset", choices=["pg"])
-    add("--mask", None, "overrides the preset", choices=["none", "release"])
-    add("--out", None, "run folder (default runs/<method>-seed<seed>)", metavar="FOLDER")
-    add("--seed", 0, "of data order and sampling")
-    add("--steps", None, "batches of rollouts", low=1)
-
-    group = parser.add_argument_group("models and problems")
-    add("--toy", "horizon", "world for what the next three leave out", choices=list(toy.WORLDS))
-    add("--student", None, "model folder or hub name", metavar="MODEL")
-    add("--teacher", None, "model folder or hub name", metavar="MODEL")
-    add("--problems", None, "JSONL with problem, prompt or messages", metavar="FILE")
-    add("--difficulty", 12, "moves per toy problem", low=1, high=toy.MAX_MOVES)
-    add("--trust-remote-code", False, "run code that comes with a model")
-    add("--thinking", False, "render prompts in thinking mode")
-
-    group = parser.add_argument_group("sampling")
-    add("--prompts-per-step", None, "prompts per step, over all processes", low=1)
-    add("--rollouts-per-prompt", 1, "responses to each", low=1)
-    add("--max-new-tokens", None, "longest response, tokens", low=1)
-    add("--temperature", 1.0, "of sampling; the student is scored at the same one", low=TINY)
-    add("--sample-batch", 256, "most rollouts in flight, per process", low=1)
-
-    group = parser.add_argument_group("release rule")
-    add("--margin-top-k", 4, "student candidates that the margin looks at, tokens", low=2)
-    add("--margin", "logprob", "difference in what (paper: logprob)", choices=["logprob", "prob"])
-    add("--margin-min-entropy", 0.0, "average only tokens above this student entropy, nats")
-    add("--min-segments", 2, "sentences that each side of the change point must have", low=1)
-    add("--bic-eps", 1e-12, "floor of the residual sum of squares", low=TINY)
-    scopes = ["batch", "sequence", "none"]
-    add("--rescale", "batch", "give kept tokens the loss mass of the whole", choices=scopes)
-    kinds = ["auto", "pretrained", "untrained"]
-    note = "NLTK's pretrained English Punkt, or an untrained one"
-    add("--splitter", "auto", note, choices=kinds)
-
-    group = parser.add_argument_group("optimisation")
-    add("--lr", None, "AdamW, constant", low=TINY)
-    add("--warmup-steps", None, "linear, updates")
-    add("--weight-decay", None, "of matrices")
-    add("--beta1", 0.9, "AdamW", high=0.999999)
-    add("--beta2", None, "AdamW", high=0.999999)
-    add("--clip-grad", 1.0, "largest gradient norm; 0: off")
-    add("--advantage-clip", None, "largest |A_t|, nats; 0: off")
-    add("--updates-per-rollout", 1, "above 1: PPO's clipped ratio", low=1)
-    add("--clip-low", 0.2, "ratio at least 1 - this", high=1)
-    add("--clip-high", 0.28, "ratio at most 1 + this")
-    add("--micro-batch", None, "rows per forward pass", low=1)
-    add("--gradient-checkpointing", False, "less memory, one more forward")
-
-    group = parser.add_argument_group("evaluation and machine")
-    add("--eval-every", None, "steps between evaluations; 0: only the first and the last")
-    add("--eval-problems", None, "JSONL with answers; toy worlds bring theirs", metavar="FILE")
-    add("--eval-count", 200, "problems", low=1)
-    add("--eval-samples", 4, "answers per problem", low=1)
-    add("--device", None, "(default cuda where there is one)", choices=["cpu", "cuda"])
-    note = "of matrix products (default bfloat16 for real students on cuda, else float32)"
-    add("--dtype", None, note, choices=dtypes)
-    add("--save-dtype", None, "of the saved student", choices=dtypes)
-    add("--threads", None, "CPU threads per process; 0: PyTorch's choice")
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag, default, text, options in flags:
+            options = dict(options)
+            low, high = options.pop("low", 0), options.pop("high", BIG)
+            real = default[1] if isinstance(default, tuple) else default
+            if real is False:
+                options["action"] = "store_true"
+            elif isinstance(real, int | float):
+                options |= {"type": number(type(real), low, high), "metavar": "N"}
+            if isinstance(default, tuple):
+                text += f" (default {default[0]} | with --student {default[1]})"
+                default = None
+            elif default is not None and default is not False:
+                text += f" (default {default})"
+            group.add_argument(flag, default=default, help=text, **options)
     return parser
 
 
@@ -201,11 +194,12 @@ def parse(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
     for name, value in dataclasses.asdict(METHODS[args.method]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.max_new_tokens is None and args.problems is None:
-        args.max_new_tokens = toy.response_limit(args.difficulty)
-    for name, (on_toy, on_real) in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, on_toy if args.student is None else on_real)
+    limit = toy.response_limit(args.difficulty) if args.problems is None else 8192
+    args.max_new_tokens = args.max_new_tokens or limit
+    for flag, default, *_ in sum(FLAGS.values(), []):
+        name = flag[2:].replace("-", "_")
+        if isinstance(default, tuple) and getattr(args, name) is None:
+            setattr(args, name, default[args.student is not None])
     args.out = args.out or f"runs/{args.method}-seed{args.seed}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     real_on_gpu = args.device == "cuda" and args.student is not None
