@@ -558,10 +558,13 @@ def summarise(records, *, level=0.95, resamples=2000, seed=0):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
+        """One line on stderr, exit code 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def _at_least(low, kind=int):
+    """An argparse type: a finite number from `low` on."""
+
     def convert(text):
         value = kind(text)  # argparse reports a ValueError by this function's name
         if not low <= value < math.inf:

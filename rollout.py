@@ -100,8 +100,9 @@ class SlotCache:
 
     `select` names the slots and columns that the next forward call writes; the layers then call
     `update` once each.  Buffers are made at the first call of each layer: [slots, heads, columns,
-    head_dim] in the layer's own type.  They start at zero, because a masked column still enters
-    0 * value.
+    head_dim] in the layer's own type, or in autocast's, where a float32 norm would otherwise make
+    the keys twice as large as attention reads them.  They start at zero, because a masked column
+    still enters 0 * value.
     """
 
     def __init__(self, slots: int, columns: int):
@@ -114,6 +115,10 @@ class SlotCache:
 
     def update(self, key, value, layer_idx, *args, **kwargs):
         """Store the new keys and values [S, heads, Q, head_dim]; return those to attend to."""
+        device = key.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            key, value = key.to(dtype), value.to(dtype)
         if layer_idx not in self.layers:
             self.layers[layer_idx] = tuple(
                 x.new_zeros(self.slots, x.shape[1], self.columns, x.shape[3]) for x in (key, value)

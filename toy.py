@@ -429,6 +429,7 @@ def table(folders, *, count=200):
 
 
 def parse(argv):
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Rebuild the offline toy world (tiny students and teachers), or look at it."
     )
@@ -448,6 +449,7 @@ def parse(argv):
 
 
 def run(args):
+    """Build or print what the arguments ask for; ValueError or OSError names what is wrong."""
     for name in ("threads", "steps"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -478,6 +480,7 @@ def run(args):
 
 
 def main(argv=None):
+    """The command; exit code 2 and one line on stderr for what the user can put right."""
     try:
         run(parse(argv))
     except (ValueError, OSError) as error:

@@ -166,6 +166,26 @@ def test_refilling_keeps_the_slots_busy(model):
     assert rows_seen == sorted(rows_seen, reverse=True)
 
 
+def test_under_autocast_the_cache_is_in_its_type(model, monkeypatch):
+    """A float32 model sampled in bfloat16: the cache is half as large, and what is recorded is what
+    one forward under autocast gives, to bfloat16's precision."""
+    made = []
+
+    class Watched(rollout.SlotCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(rollout, "SlotCache", Watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sample(model, max_new_tokens=40)
+        logits_BTV = model(out.ids_BT).logits
+    assert {x.dtype for pair in made[0].layers.values() for x in pair} == {torch.bfloat16}
+    logp_BT = torch.log_softmax(logits_BTV[:, :-1].float(), -1).gather(2, out.ids_BT[:, 1:, None])
+    error = (logp_BT[..., 0] - out.logp_BT[:, 1:])[out.response_mask_BT[:, 1:]].abs()
+    assert error.mean() < 0.1 and not model.training
+
+
 def test_training_mode_is_restored_and_dropout_does_not_act():
     model = tiny_model("gpt2").train()
     out = sample(model)
