@@ -433,6 +433,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description="Rebuild the offline toy world (tiny students and teachers), or look at it."
     )
+    parser.error = lambda message: parser.exit(2, f"toy.py: error: {message}\n")
     add = parser.add_argument
     add("--out", type=Path, default=ASSETS, help="folder of the model folders (%(default)s)")
     add("--world", metavar="NAME", help=f"build only what this world needs: {', '.join(WORLDS)}")
