@@ -253,8 +253,8 @@ def generate(
         A `Rollout` on the model's device, rows in the order of the prompts.
 
     Raises:
-        ValueError: bad arguments, a prompt that does not fit, a model that `check_model` refuses,
-            or non-finite logits.
+        ValueError: bad arguments, a prompt that does not fit, a model that `check_model` refuses
+            or that does not use the cache, or non-finite logits.
     """
     head_rows = model.get_output_embeddings().weight.shape[0]
     vocab_size = head_rows if vocab_size is None else vocab_size
@@ -367,13 +367,20 @@ class _Sampler:
         """Feed one token per live slot; returns the logits [S, V] of the next one."""
         self.cache.select(0, len(token_S), column_S, width)
         allowed_SL = torch.arange(width, device=self.device) <= column_S[:, None]
-        return self.model(
+        logits_SV = self.model(
             input_ids=token_S[:, None],
             attention_mask=attention_mask(self.model, allowed_SL[:, None, None]),
             position_ids=column_S[:, None].clone(),  # the loop advances column_S in place
             past_key_values=self.cache,
             use_cache=True,
         ).logits[:, -1]
+        layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
+        if len(self.cache.layers) != layers:
+            raise ValueError(
+                f"{type(self.model).__name__} kept keys and values in {len(self.cache.layers)} of "
+                f"{layers} layers; only models with a plain KV cache are sampled"
+            )
+        return logits_SV
 
     def retire(self, live: int, done_S: torch.Tensor, width: int) -> int:
         """Drop finished rows by moving the last live slots into theirs; returns the live count."""

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
+from transformers import MambaConfig, MambaForCausalLM
 
 import rollout
 
@@ -226,6 +227,20 @@ def test_models_that_would_be_sampled_wrongly_are_refused():
     plain.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'flash_attention_2' takes no 4D mask"):
         sample(plain)
+
+
+def test_a_model_without_a_plain_cache_is_refused(monkeypatch):
+    """It would continue from its last token alone, and look as if it worked."""
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4)
+    recurrent = MambaForCausalLM(config).eval()
+    recurrent.config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match="'linear_attention'"):
+        sample(recurrent)
+    forgetful = tiny_model("qwen3")
+    forward = forgetful.forward
+    monkeypatch.setattr(forgetful, "forward", lambda input_ids, **_: forward(input_ids))
+    with pytest.raises(ValueError, match="kept keys and values in 0 of 2 layers"):
+        sample(forgetful, [[1], [2]])
 
 
 def test_non_finite_logits_are_reported():
