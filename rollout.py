@@ -201,6 +201,7 @@ def check_arguments(
     top_k: int,
     batch_size: int | None,
     vocab_size: int,
+    known_ids: int,
 ) -> None:
     """Raise ValueError, naming the argument and the value, for anything `generate` cannot do."""
     if len(prompts) == 0:
@@ -208,8 +209,8 @@ def check_arguments(
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts[{row}] is empty: a causal LM needs at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise ValueError(f"prompts[{row}] holds ids outside the vocabulary of {vocab_size}")
+        if min(prompt) < 0 or max(prompt) >= known_ids:
+            raise ValueError(f"prompts[{row}] holds ids outside the model's {known_ids}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if not (math.isfinite(temperature) and temperature >= 0):
@@ -248,6 +249,7 @@ def generate(
         generator: source of the B x max_new_tokens uniform numbers (on its own device), row after
             row; default the global CPU generator.
         vocab_size: sample only ids below this (checkpoints pad their heads); default all.
+            Prompts may hold any id that the model has.
 
     Returns:
         A `Rollout` on the model's device, rows in the order of the prompts.
@@ -260,7 +262,10 @@ def generate(
     vocab_size = head_rows if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= head_rows:
         raise ValueError(f"vocab_size must be in 1..{head_rows}, not {vocab_size}")
-    check_arguments(prompts, max_new_tokens, temperature, top_k, batch_size, vocab_size)
+    known_ids = model.get_input_embeddings().weight.shape[0]
+    check_arguments(
+        prompts, max_new_tokens, temperature, top_k, batch_size, vocab_size, known_ids
+    )
     columns = max(len(prompt) for prompt in prompts) + max_new_tokens
     check_model(model, columns)
     was_training = model.training

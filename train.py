@@ -411,8 +411,9 @@ def update(student, optimizer, batch, advantage_BT, keep_BT, weight_BT, args):
         used = int(kept_columns.max()) + 1 if len(kept_columns) else 2
         last = piece.stop == len(row_R)
         wait = contextlib.nullcontext() if last or world == 1 else student.no_sync()
-        with wait, autocast(args):
-            logp_BT = student(batch.ids_BT[rows, :used], keep_BT[rows, :used])
+        with wait:
+            with autocast(args):
+                logp_BT = student(batch.ids_BT[rows, :used], keep_BT[rows, :used])
             loss = policy_gradient_loss(
                 logp_BT,
                 advantage_BT[rows, :used],
@@ -668,6 +669,12 @@ def prepare(args, rank: int, world: int) -> Run:
     eval_problems, eval_prompts = [], []
     if args.eval_problems is not None or args.problems is None:
         eval_problems, eval_prompts = load_prompts(args, tokenizer, args.eval_problems, "test")
+    for problem, prompt in zip(problems + eval_problems, prompts + eval_prompts, strict=True):
+        if max(prompt) >= vocab_size:
+            raise ValueError(
+                f"{problem['where']}: the prompt holds {tokenizer.decode([max(prompt)])!r}, which "
+                f"is not among the {vocab_size} tokens that --student and --teacher share"
+            )
     for config in configs.values():
         evaluate.check_fit(
             config, problems + eval_problems, prompts + eval_prompts, args.max_new_tokens
@@ -719,11 +726,10 @@ def make_folder(out: Path) -> None:
 
 def describe(run: Run) -> dict:
     """config.json: every flag and what the numbers depended on."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-    )
+    commit = ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if run.args.device == "cuda" else platform.processor()
     return {
         "flags": vars(run.args),
@@ -734,7 +740,7 @@ def describe(run: Run) -> dict:
         "sentence_splitter": run.splitter_name,
         "training_problems": len(run.prompts),
         "evaluation_problems": len(run.eval_problems),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or None,
         "device": device or platform.machine(),
         "threads": torch.get_num_threads(),
         "versions": {
@@ -849,7 +855,8 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out = Path(args.out)
     try:
-        check_folder(out)
+        if rank == 0:  # alone: another rank's probe in an empty folder would look like a file
+            check_folder(out)
         run = prepare(args, rank, world)
         device = start_processes(args, world)
         load_models(run, device)

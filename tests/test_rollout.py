@@ -135,33 +135,33 @@ def test_cumulative_sum_never_draws_an_impossible_token():
 
 def test_vocab_size_cuts_the_distribution(model):
     cut = 20
-    out = sample(model, [[5, 6], [7]], vocab_size=cut, eos_ids=[], top_k=3)
-    ids = out.ids_BT[out.response_mask_BT]
+    out = sample(model, [[5, 6], [VOCABULARY - 1]], vocab_size=cut, eos_ids=[], top_k=3)
+    ids = out.ids_BT[out.response_mask_BT]  # a prompt may hold what is not sampled
     assert ids.max() < cut and out.topk_ids_BTK.max() < cut
     with torch.no_grad():
         logp_TV = torch.log_softmax(model(out.ids_BT[:1]).logits[0, :, :cut], dim=-1)
     assert abs(out.logp_BT[0, 2] - logp_TV[1, out.ids_BT[0, 2]]) < 1e-4
 
 
-def test_finished_rows_leave_the_batch(model):
-    """Work follows the live rows: count the rows that the backbone sees."""
-    rows_seen = []
-    handle = model.get_output_embeddings().register_forward_hook(
-        lambda module, inputs, output: rows_seen.append(inputs[0].shape[0])
+@pytest.fixture
+def rows_seen(model):
+    """How many rows the model's head got, call by call."""
+    seen = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0].shape[0])
     )
+    return seen
+
+
+def test_finished_rows_leave_the_batch(model, rows_seen):
+    """Work follows the live rows."""
     out = sample(model, max_new_tokens=40)
-    handle.remove()
     assert sum(rows_seen) == out.response_mask_BT.sum().item()
 
 
-def test_refilling_keeps_the_slots_busy(model):
+def test_refilling_keeps_the_slots_busy(model, rows_seen):
     """With 2 slots for 7 rows no step runs empty, and never more than 2 rows decode at once."""
-    rows_seen = []
-    handle = model.get_output_embeddings().register_forward_hook(
-        lambda module, inputs, output: rows_seen.append(inputs[0].shape[0])
-    )
     out = sample(model, batch_size=2)
-    handle.remove()
     assert max(rows_seen) == 2 and sum(rows_seen) == out.response_mask_BT.sum().item()
     # all but the tail, where fewer rows than slots are left, ran full
     assert rows_seen == sorted(rows_seen, reverse=True)

@@ -117,6 +117,15 @@ def test_student_equal_to_teacher_learns_nothing():
     assert line["reverse_kl"] > 0.01 and line["grad_norm"] > 0.01, "the check can fail"
 
 
+def test_clamped_advantages_and_warm_up():
+    """A clamp of 1e-6 nats leaves next to no loss; the first of 4 warm-up updates has lr / 4."""
+    run = make_run(*TOY, *SHORT, "--advantage-clip", "1e-6", "--warmup-steps", "4", "--lr", "8e-4")
+    assert math.isclose(run.optimizer.param_groups[0]["lr"], 2e-4)
+    line = train.train_step(run, 0)
+    assert abs(line["loss"]) < 1e-5 and line["reverse_kl"] > 0.01
+    assert math.isclose(run.optimizer.param_groups[0]["lr"], 4e-4)
+
+
 def test_teacher_scores_equal_a_plain_forward():
     run = make_run(*TOY, *SHORT, "--margin-top-k", "3")
     batch = train.sample(run, 0)
@@ -180,6 +189,17 @@ def test_release_mask_follows_the_margin():
     choice = train.supervise(batch, candidates, tokenizer, run.splitter, run.args)
     assert choice.released_B.tolist() == [True] and choice.gain_B[0] > 6
     assert choice.keep_BT[0].nonzero()[:, 0].tolist() == list(range(prompt, prompt + third))
+    # the rule's flags reach it
+    run.args.margin = "prob"  # uniform candidates at log-prob 5 and 0: another scale
+    other = train.supervise(batch, candidates - 5, tokenizer, run.splitter, run.args)
+    assert other.released_B[0] and abs(other.gain_B[0] - choice.gain_B[0]) > 1e-6
+    run.args.margin, run.args.margin_min_entropy = "logprob", 2.0  # no token counts: entropy is 1
+    assert not train.supervise(batch, candidates, tokenizer, run.splitter, run.args).released_B[0]
+    run.args.margin_min_entropy, run.args.min_segments = 0.0, 4
+    later = train.supervise(batch, candidates, tokenizer, run.splitter, run.args)
+    assert not later.released_B[0] or later.keep_BT.sum() > choice.keep_BT.sum()
+    run.args.min_segments, run.args.bic_eps = 2, 1e9  # every fit looks perfect
+    assert not train.supervise(batch, candidates, tokenizer, run.splitter, run.args).released_B[0]
     run.args.mask = "none"
     everything = train.supervise(batch, candidates, tokenizer, None, run.args)
     assert torch.equal(everything.keep_BT, batch.response_mask_BT)
@@ -416,6 +436,27 @@ def test_vocabularies_that_share_their_beginning_are_cut(folders):
     assert train.common_vocabulary(model, more) == train.common_vocabulary(more, model) == 259
     with pytest.raises(ValueError, match="256 of 259 ids differ, the first is 3"):
         train.common_vocabulary(model, AutoTokenizer.from_pretrained(folders / "other"))
+
+
+def test_a_prompt_with_a_token_of_one_tokenizer_only_is_refused(folders, tmp_path):
+    """The student's tokenizer knows one token more, and a problem uses it."""
+    student = write_model(tmp_path / "student", vocab_size=260)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(student)
+    problems = tmp_path / "p.jsonl"
+    problems.write_text('{"problem": "plain"}\n{"problem": "now <think> hard"}\n')
+    flags = ["--problems", str(problems), "--max-new-tokens", "8"]
+    flags += ["--student", str(student), "--teacher", str(folders / "model")]
+    _, args = train.parse(flags)
+    with pytest.raises(ValueError, match="p.jsonl:2: the prompt holds '<think>'"):
+        train.prepare(args, 0, 1)
+
+
+def test_config_without_git(monkeypatch):
+    run = make_run(*TOY, *SHORT)
+    monkeypatch.setenv("PATH", "")
+    assert train.describe(run)["commit"] is None
 
 
 def test_a_head_that_is_no_plain_matrix_is_refused():
