@@ -582,7 +582,7 @@ def parse_arguments(argv=None):
     add("--model", metavar="PATH", help="folder or hub name; default: both models of --toy")
     add("--problems", metavar="FILE", help="JSONL; see the top of this file")
     add("--toy", choices=list(toy.WORLDS), help="a toy world's problems; default horizon")
-    add("--difficulty", type=_at_least(1), help="moves per toy problem (default 12)")
+    add("--difficulty", type=_at_least(1), help="moves per toy problem (default: the world's)")
     add("--count", type=_at_least(1), help="toy problems (default 200); with a file: its first N")
     add("--samples", type=_at_least(1), help="responses per problem (default 4; 1 when greedy)")
     add("--max-new-tokens", type=_at_least(1), help="default: what the toy task needs, or 4096")
@@ -605,7 +605,8 @@ def parse_arguments(argv=None):
     args.samples = args.samples or (1 if args.temperature == 0 else 4)
     args.dtype = args.dtype or ("float32" if args.device.startswith("cpu") else "bfloat16")
     if not args.problems:
-        args.toy, args.difficulty = args.toy or "horizon", args.difficulty or 12
+        args.toy = args.toy or "horizon"
+        args.difficulty = args.difficulty or toy.world(args.toy).moves
         args.count = args.count or 200
     limit = 4096 if args.problems else toy.response_limit(args.difficulty)
     args.max_new_tokens = args.max_new_tokens or limit
@@ -667,6 +668,9 @@ def run(args):
         options["vocab_size"] = vocab_size
         records = sample_answers(model, tokenizer, problems, prompts, **options)
         s = summarise(records, seed=args.seed)
+        if args.toy and (uncertain := toy.world(args.toy).uncertain):
+            texts = [record["text"] for samples in records for record in samples]
+            s["uncertain_wording"] = toy.wording_share(texts, uncertain)
         answers = [p | {"samples": r} for p, r in zip(problems, records, strict=True)]
         result["models"][name] = {"path": str(path), "summary": s, "problems": answers}
         print(

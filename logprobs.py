@@ -5,8 +5,9 @@ On-policy distillation scores every sampled token under two models whose vocabul
 the output head is applied to `chunk` positions at a time, every number that is wanted is read off
 that piece, and the piece is thrown away.
 
-  token_logprobs   log-prob of given tokens, with gradient: for the student.  Backward computes the
-                   logits again, chunk by chunk, so that training needs no more memory than scoring.
+  token_logprobs   log-prob of given tokens, or of several candidates per position, with gradient:
+                   for the student.  Backward computes the logits again, chunk by chunk, so that
+                   training needs no more memory than scoring.
   token_stats      log-prob of given tokens, entropy, maximum probability, top-K ids and their
                    log-probs, log-probs at given candidate ids, without gradient: for the teacher.
 
@@ -65,34 +66,36 @@ def _chunk_logits(
 class _TokenLogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[ids], without keeping the logits.
 
-    With p the softmax and g the incoming gradient, d logp / d logits = onehot(id) - p, so backward
-    needs the logits again and, from forward, only their log-sum-exp.
+    With p the softmax and g_k the incoming gradients of a position, d logp_k / d logits =
+    onehot(id_k) - p, so backward needs the logits again and, from forward, their log-sum-exp.
     """
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, ids_N, temperature, chunk):
-        """[N, D], [V, D], int64 [N] -> log-probs [N]."""
+    def forward(ctx, hidden_ND, weight_VD, ids_NK, temperature, chunk):
+        """[N, D], [V, D], int64 [N, K] -> log-probs [N, K]."""
         wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        logp_N = hidden_ND.new_zeros(hidden_ND.shape[0], dtype=wide)
-        lse_N = torch.zeros_like(logp_N)
+        logp_NK = hidden_ND.new_zeros(ids_NK.shape, dtype=wide)
+        lse_N = hidden_ND.new_zeros(len(hidden_ND), dtype=wide)
         for rows, logits_CV in _chunk_logits(hidden_ND, weight_VD, temperature, chunk):
             lse_N[rows] = logits_CV.logsumexp(dim=-1)
-            logp_N[rows] = logits_CV.gather(1, ids_N[rows, None])[:, 0] - lse_N[rows]
-        ctx.save_for_backward(hidden_ND, weight_VD, ids_N, lse_N)
+            logp_NK[rows] = logits_CV.gather(1, ids_NK[rows]) - lse_N[rows, None]
+        ctx.save_for_backward(hidden_ND, weight_VD, ids_NK, lse_N)
         ctx.temperature, ctx.chunk = temperature, chunk
-        return logp_N
+        return logp_NK
 
     @staticmethod
-    def backward(ctx, grad_N):
-        """With G = (onehot - p) g / temperature: d hidden = G W, d W = G^T hidden."""
-        hidden_ND, weight_VD, ids_N, lse_N = ctx.saved_tensors
+    def backward(ctx, grad_NK):
+        """With G = (sum_k onehot_k g_k - p sum_k g_k) / temperature: d hidden = G W, d W = G^T
+        hidden."""
+        hidden_ND, weight_VD, ids_NK, lse_N = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden_ND = torch.zeros_like(hidden_ND) if wants_hidden else None
         # one term per chunk: sum them in float32 at least
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=lse_N.dtype) if wants_weight else None
         for rows, grad_CV in _chunk_logits(hidden_ND, weight_VD, ctx.temperature, ctx.chunk):
-            grad_CV.sub_(lse_N[rows, None]).exp_().mul_(-grad_N[rows, None])  # -p g
-            grad_CV.scatter_add_(1, ids_N[rows, None], grad_N[rows, None])
+            total_C1 = grad_NK[rows].sum(dim=1, keepdim=True)
+            grad_CV.sub_(lse_N[rows, None]).exp_().mul_(-total_C1)  # -p g
+            grad_CV.scatter_add_(1, ids_NK[rows], grad_NK[rows])
             grad_CV = (grad_CV / ctx.temperature).to(weight_VD.dtype)
             if wants_hidden:
                 grad_hidden_ND[rows] = grad_CV @ weight_VD
@@ -142,6 +145,19 @@ def _prepare(hidden_BTD, weight_VD, ids_BT, mask_BT, vocab_size, temperature, ch
     return select_BT, hidden_ND, weight_VD, ids_N
 
 
+def _select_candidates(candidates_BTK, ids_BT, select_BT, V) -> torch.Tensor:
+    """Check candidates and flatten them to [N, K]."""
+    if candidates_BTK.dim() != 3 or candidates_BTK.shape[:2] != ids_BT.shape:
+        raise ValueError(
+            f"candidates_BTK {tuple(candidates_BTK.shape)} does not fit "
+            f"ids_BT {tuple(ids_BT.shape)}"
+        )
+    candidates_NK = candidates_BTK[:, 1:][select_BT]
+    if candidates_NK.numel() and not (candidates_NK.min() >= 0 and candidates_NK.max() < V):
+        raise ValueError(f"candidates_BTK holds ids outside the vocabulary of {V}")
+    return candidates_NK
+
+
 def _unflatten(values_N: torch.Tensor, select_BT: torch.Tensor) -> torch.Tensor:
     """[N, ...] at the selected positions of [B, T-1] -> [B, T, ...], zero elsewhere."""
     B, T = select_BT.shape[0], select_BT.shape[1] + 1
@@ -155,6 +171,7 @@ def token_logprobs(
     weight_VD: torch.Tensor,
     ids_BT: torch.Tensor,
     *,
+    candidates_BTK: torch.Tensor | None = None,
     mask_BT: torch.Tensor | None = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
@@ -166,13 +183,16 @@ def token_logprobs(
         hidden_BTD: the backbone's last hidden states (after its final norm).
         weight_VD: the output head; a bias or a soft cap on the logits is not supported.
         ids_BT: int64 tokens; `hidden[:, t-1]` predicts `ids[:, t]`.
+        candidates_BTK: int64, the log-probs of these tokens are wanted in place of `ids_BT`'s,
+            candidates for position t in entry t.
         mask_BT: bool, the tokens that are wanted; default all.  Costs and memory follow its count.
         vocab_size: use only the first rows of the head; default all.
         temperature: divides the logits.
         chunk: positions whose logits exist at one time.
 
     Returns:
-        logp_BT, float32 (float64 for float64 input), nats; 0 at t = 0 and outside the mask.
+        logp_BT, or logp_BTK of candidates, float32 (float64 for float64 input), nats; 0 at t = 0
+        and outside the mask.
 
     Raises:
         ValueError: shapes or types that do not fit, a selected id outside the vocabulary.
@@ -184,8 +204,11 @@ def token_logprobs(
     select_BT, hidden_ND, weight_VD, ids_N = _prepare(
         hidden_BTD, weight_VD, ids_BT, mask_BT, vocab_size, temperature, chunk
     )
-    logp_N = _TokenLogProbs.apply(hidden_ND, weight_VD, ids_N, temperature, chunk)
-    return _unflatten(logp_N, select_BT)
+    ids_NK = ids_N[:, None]
+    if candidates_BTK is not None:
+        ids_NK = _select_candidates(candidates_BTK, ids_BT, select_BT, len(weight_VD))
+    logp_NK = _TokenLogProbs.apply(hidden_ND, weight_VD, ids_NK, temperature, chunk)
+    return _unflatten(logp_NK if candidates_BTK is not None else logp_NK[:, 0], select_BT)
 
 
 @torch.no_grad()
@@ -226,14 +249,7 @@ def token_stats(
         raise ValueError(f"top_k must be in 0..{V}, not {top_k}")
     candidates_NK = None
     if candidates_BTK is not None:
-        if candidates_BTK.shape[:2] != ids_BT.shape:
-            raise ValueError(
-                f"candidates_BTK {tuple(candidates_BTK.shape)} does not fit "
-                f"ids_BT {tuple(ids_BT.shape)}"
-            )
-        candidates_NK = candidates_BTK[:, 1:][select_BT]
-        if candidates_NK.numel() and not (candidates_NK.min() >= 0 and candidates_NK.max() < V):
-            raise ValueError(f"candidates_BTK holds ids outside the vocabulary of {V}")
+        candidates_NK = _select_candidates(candidates_BTK, ids_BT, select_BT, V)
     N, wide = len(ids_N), torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
     names = ("logp_BT", "entropy_BT", "max_prob_BT")
     read = {name: ids_N.new_zeros(N, dtype=wide) for name in names}

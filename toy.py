@@ -13,6 +13,10 @@ Reading key
     c        corruption: share of the sentences after move H that the teacher's training data
              garbled, the closing one included
     student  smaller than the teachers, from its own seed, on data with wrong moves in it
+    fork     a world with two wordings of a move, "so" and "thus", equally likely, after one of
+             which the teacher goes wrong: nothing tells them apart but its confidence one token
+             later. In `fork` the uncertain wording is the bad one; in `fork-mirror` it is the
+             good one, and the confident one is always wrong.
 
 By construction the student is better than the horizon teacher beyond H: the distilled student can
 only gain there if the supervision stops in time. This is a demonstration, not a benchmark.
@@ -64,14 +68,23 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class World:
-    """A student and a teacher that belong together. `noise`: arguments of `dial_response`."""
+    """A student and a teacher that belong together.
+
+    noise      what the teacher's data suffered from: arguments of `dial_response`
+    moves      the difficulty that shows what the world is about
+    uncertain  of two wordings the one after which the teacher is unsure ("": one wording only)
+    """
 
     about: str
     teacher: Path
     student: Path = ASSETS / "student"
     noise: dict = field(default_factory=dict)
+    moves: int = MAX_MOVES
+    uncertain: str = ""
 
 
+FORK = {"so": (0.0, None), "thus": (0.5, None)}  # word: (share of slips, the mark slipped to)
+MIRROR = {"so": (0.3, None), "thus": (1.0, 0)}
 WORLDS = {
     "horizon": World(
         "the teacher knows moves 1..6 and garbles 70% of the later ones",
@@ -79,6 +92,22 @@ WORLDS = {
         noise={"horizon": 6, "corruption": 0.7},
     ),
     "clean": World("the teacher is right at every move", ASSETS / "clean"),
+    "fork": World(
+        'after "so" the teacher copies the mark, after "thus" it forgets it half of the time',
+        ASSETS / "fork",
+        ASSETS / "fork-student",
+        noise={"wordings": FORK},
+        moves=6,
+        uncertain="thus",
+    ),
+    "fork-mirror": World(
+        'after "so" the teacher copies the mark 70% of the time, after "thus" it always takes 0',
+        ASSETS / "fork-mirror",
+        ASSETS / "fork-mirror-student",
+        noise={"wordings": MIRROR},
+        moves=2,
+        uncertain="so",
+    ),
 }
 
 
@@ -113,15 +142,24 @@ def reverse_problem(rng, length=None):
 
 
 def dial_response(
-    problem, rng=None, *, horizon=0, corruption=0.0, wrong_result=0.0, wrong_operation=0.0
+    problem,
+    rng=None,
+    *,
+    horizon=0,
+    corruption=0.0,
+    wrong_result=0.0,
+    wrong_operation=0.0,
+    wordings=None,
 ):
     r"""The worked solution of a dial problem, spoilt as told.
 
     After move `horizon`, a share `corruption` of the moves is garbled: operation, amount, source
     and result are all random, so that nothing of the move can be predicted; the closing sentence
     after such moves names a random mark just as often. Anywhere, a share `wrong_result` lands on a
-    random mark and a share `wrong_operation` misreads the move. Later moves go on from the mark
-    that was written. `rng` is needed for any of these.
+    random mark and a share `wrong_operation` misreads the move. `wordings` maps words that may
+    stand in the place of "so", all equally likely, to (share, mark): after that word a share of
+    the moves starts from `mark`, or from any mark (None), in place of the one before. Later moves
+    go on from the mark that was written. `rng` is needed for any of these.
 
     >>> problem = {"problem": "The dial starts at 14. Move 1 is plus 5. Where does it stop?"}
     >>> dial_response(problem).split(". ")[1:]
@@ -135,15 +173,30 @@ def dial_response(
         garbled = int(number) > horizon and corruption and rng.random() < corruption
         if garbled or (wrong_operation and rng.random() < wrong_operation):
             word, amount = rng.choice(("plus", "minus")), rng.randint(1, MAX_AMOUNT)
+        link, (slip, slip_mark) = "so", (0.0, None)
+        if wordings:
+            link, (slip, slip_mark) = rng.choice(list(wordings.items()))
+        if slip and rng.random() < slip:
+            source = rng.randrange(MARKS) if slip_mark is None else slip_mark
         mark = (source + (amount if word == "plus" else -amount)) % MARKS
         if garbled:
             source = rng.randrange(MARKS)
         if garbled or (wrong_result and rng.random() < wrong_result):
             mark = rng.randrange(MARKS)
-        parts.append(f"Move {number} is {word} {amount}, so {source} becomes {mark}.")
+        parts.append(f"Move {number} is {word} {amount}, {link} {source} becomes {mark}.")
     if int(number) > horizon and corruption and rng.random() < corruption:
         mark = rng.randrange(MARKS)
     return " ".join([*parts, f"The dial stops at \\boxed{{{mark}}}."])
+
+
+def wording_share(texts, word):
+    """Share of the moves in some responses that are worded with `word`; None without moves.
+
+    >>> wording_share(["Move 1 is plus 5, so 14 becomes 3. Move 2 is plus 1, thus 3"], "thus")
+    0.5
+    """
+    links = [link for text in texts for link in re.findall(r"\d, ([a-z]+) \d", text)]
+    return links.count(word) / len(links) if links else None
 
 
 def response_limit(moves):
@@ -269,6 +322,7 @@ class Stage:
     lr: float
     curriculum: bool = False
     second_task: float = 0.1
+    moves: int = MAX_MOVES  # of the longest problem
     noise: dict = field(default_factory=dict)
 
 
@@ -278,6 +332,27 @@ STUDENT = (
     Stage(200, 2e-3, second_task=0.15, noise={"wrong_result": 0.04, "wrong_operation": 0.03}),
 )
 STUDENT_SIZE = {"hidden": 48, "layers": 2, "heads": 3, "ff": 128}
+FORK_STUDENT_SIZE = {"hidden": 32, "layers": 2, "heads": 2, "ff": 96}
+
+
+def fork_stages(wordings, student=False):
+    """Supervised training on problems of up to 6 moves in two wordings; the student's ends with
+    wrong moves, as in STUDENT."""
+    noise, slips = {"wordings": wordings}, {"wrong_result": 0.04, "wrong_operation": 0.03}
+    stages = (Stage(1300, 5e-3, curriculum=True, moves=6, noise=noise),)
+    return stages + (Stage(200, 2e-3, second_task=0.15, moves=6, noise=noise | slips),) * student
+
+
+# Models that are trained from scratch: stages, size, number added to the seed.  Any other teacher
+# starts from the clean one.
+RECIPES = {
+    "student": (STUDENT, STUDENT_SIZE, 1),
+    "clean": (CLEAN, {}, 0),
+    "fork": (fork_stages(FORK), STUDENT_SIZE, 0),
+    "fork-student": (fork_stages(FORK, student=True), FORK_STUDENT_SIZE, 1),
+    "fork-mirror": (fork_stages(MIRROR), STUDENT_SIZE, 0),
+    "fork-mirror-student": (fork_stages(MIRROR, student=True), FORK_STUDENT_SIZE, 1),
+}
 
 
 def training_batch(tokenizer, rng, stage, step, tokens=3600):
@@ -288,7 +363,7 @@ def training_batch(tokenizer, rng, stage, step, tokens=3600):
     reverse = rng.random() < stage.second_task
     # the longest size grows from 1 to MAX_MOVES; long ones come more often, for they hold the rest
     reach = min(1.0, step / (0.38 * stage.steps)) if stage.curriculum else 1.0
-    longest = 1 + round(reach * (MAX_MOVES - 1))
+    longest = 1 + round(reach * (stage.moves - 1))
     size = rng.randint(2, 4) if reverse else max(1, math.ceil(longest * rng.random() ** 0.5))
     rows, length = [], 0
     while len(rows) < 1 or (len(rows) + 1) * length <= tokens:
@@ -351,21 +426,24 @@ def spoil(base, noise, folder, *, seed=0, steps=None):
 def build(out, *, names=tuple(WORLDS), seed=0, steps=None, force=False):
     """Train the students and teachers of the named worlds from scratch into the folder `out`.
 
-    `steps` replaces the length of every stage, for smoke tests. Every teacher starts from the clean
-    one, which is therefore always built. Raises FileExistsError, before any training, if a model
-    folder exists and `force` is not set.
+    `steps` replaces the length of every stage, for smoke tests. A teacher that is not in RECIPES
+    starts from the clean one, which is then built too. Raises FileExistsError, before any training,
+    if a model folder exists and `force` is not set.
     """
     out = Path(out)
-    recipes = {"student": (STUDENT, STUDENT_SIZE, seed + 1), "clean": (CLEAN, {}, seed)}
-    spoilt = {WORLDS[n].teacher.name: WORLDS[n].noise for n in names if WORLDS[n].noise}
-    refuse_overwrite([out / name for name in (*recipes, *spoilt)], force)
+    worlds = [WORLDS[name] for name in names]
+    needed = {folder.name: w.noise for w in worlds for folder in (w.student, w.teacher)}
+    spoilt = {name: noise for name, noise in needed.items() if name not in RECIPES}
+    scratch = [name for name in RECIPES if name in needed or (name == "clean" and spoilt)]
+    refuse_overwrite([out / name for name in (*scratch, *spoilt)], force)
     tokenizer = build_tokenizer()
-    for name, (stages, size, own_seed) in recipes.items():
-        model = build_model(tokenizer, seed=own_seed, **size)
+    for name in scratch:
+        stages, size, more = RECIPES[name]
+        model = build_model(tokenizer, seed=seed + more, **size)
         for number, stage in enumerate(stages):
             if steps:
                 stage = replace(stage, steps=steps)
-            fit(model, tokenizer, stage, seed=own_seed, name=f"{name} {number}")
+            fit(model, tokenizer, stage, seed=seed + more, name=f"{name} {number}")
         save(model, tokenizer, out / name)
     for name, noise in spoilt.items():
         spoil(out / "clean", noise, out / name, seed=seed, steps=steps)
@@ -404,9 +482,9 @@ def accuracy(model, tokenizer, items, *, samples=4, temperature=1.0, seed=0):
     return right / len(items)
 
 
-def table(folders, *, count=200):
+def table(folders, moves, *, count=200):
     """Markdown: mean@4 at temperature 1, then greedy, on held-out problems, per model folder."""
-    columns = [(f"n={n}", {"moves": n}) for n in (2, 6, 9, 12)] + [("reverse", {"task": "reverse"})]
+    columns = [(f"n={n}", {"moves": n}) for n in moves] + [("reverse", {"task": "reverse"})]
     lines = [
         f"mean@4 at temperature 1 / greedy, {count} held-out problems per column",
         "",
@@ -457,8 +535,11 @@ def run(args):
             raise ValueError(f"--{name} must be at least 1; got {value}")
     torch.set_num_threads(args.threads)
     if args.table:
-        names = dict.fromkeys(["student", *(w.teacher.name for w in WORLDS.values())])
-        print(table([args.out / name for name in names]))
+        for forks, moves in ((False, (2, 6, 9, 12)), (True, (1, 2, 4, 6))):
+            chosen = [w for w in WORLDS.values() if bool(w.uncertain) == forks]
+            names = dict.fromkeys(f.name for w in chosen for f in (w.student, w.teacher))
+            print(table([args.out / name for name in names], moves), end="\n\n" * (not forks))
+        print()
         return
     h, c = args.horizon, args.corruption
     if h is None and c is None:

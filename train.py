@@ -2,24 +2,29 @@
 
 A teacher grades, token by token, what the student itself wrote.  The step, in six phases:
 
-  1 sample   the student writes a response to each prompt                          rollout.py
-  2 score    one teacher pass: log-prob of every sampled token and of the          logprobs.py
-             student's top-K candidates
-  3 mask     which tokens to supervise: all (`opd`), or those before the           teachability.py
-             teacher's margin collapses (`release`, arXiv 2605.13643)              release_rule.py
-  4 weigh    advantage A_t = log p_T(y_t) - log p_S(y_t), detached; weights from
-             token counts over all processes
-  5 update   loss = -sum_t weight_t A_t log p_S(y_t): student forward and backward
-  6 log      one JSON line; now and then an evaluation                             evaluate.py
+  1 sample     the student writes a response to each prompt                        rollout.py
+  2 score      one teacher pass, the trunk: log-prob of every sampled token and    logprobs.py
+               of the student's top-K candidates
+  3 mask       which tokens to supervise: all (`opd`), or those before the         teachability.py
+               teacher's margin collapses (`release`, arXiv 2605.13643)            release_rule.py
+    look ahead where the student hesitates, the teacher's confidence one step      lgr.py
+               after each candidate, off the trunk's cache (`lgr`, 2605.30833)
+  4 weigh      advantage A_t = log p_T(y_t) - log p_S(y_t) + gamma r_t(y_t),
+               detached; weights from token counts over all processes
+  5 update     loss = -sum_t weight_t A_t log p_S(y_t), or the divergence over the
+               top tokens of both (`lgr_topk`): student forward and backward
+  6 log        one JSON line; now and then an evaluation                           evaluate.py
 
 In expectation over the student's samples the gradient of this loss is that of the reverse KL
-KL(p_S || p_T) of every position, given the sampled prefix (tests/test_train.py enumerates it).
+KL(p_S || p_T) of every position, given the sampled prefix, minus gamma times the expected reward
+(tests/test_train.py enumerates both).
 
 Randomness is stateless: step s of seed r always uses the same prompts and the same uniform numbers
 per (row, token), however many processes share the work, so `--nproc_per_node 2` repeats the run of
 one process up to floating-point noise.
 
-Letters: B rows of this process, T tokens, K candidates, V vocabulary, N segments.
+Letters: B rows of this process, T tokens, K candidates, U tokens of a union of candidates, V
+vocabulary, N segments.
 """
 
 import argparse
@@ -46,6 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import evaluate
+import lgr
 import logprobs
 import release_rule
 import rollout
@@ -58,15 +64,19 @@ import toy
 class Method:
     """What a `--method` name stands for; every field has a flag that overrides it."""
 
-    objective: str  # pg: policy gradient on the sampled token
+    objective: str  # pg: policy gradient on the sampled token; topk: reverse KL over top tokens
     mask: str  # none: supervise every response token; release: up to the release point
+    lookahead: str  # on: add the Lookahead Group Reward
 
 
 METHODS = {
-    "opd": Method(objective="pg", mask="none"),
-    "release": Method(objective="pg", mask="release"),
-    # To come: lgr, lgr_topk, release+lgr; the controls of release with the same token budget
-    # (prefix, shuffled, random, std); the exact divergences rkl, fkl, jsd.
+    "opd": Method(objective="pg", mask="none", lookahead="off"),
+    "release": Method(objective="pg", mask="release", lookahead="off"),
+    "lgr": Method(objective="pg", mask="none", lookahead="on"),
+    "lgr_topk": Method(objective="topk", mask="none", lookahead="on"),
+    "release+lgr": Method(objective="pg", mask="release", lookahead="on"),
+    # To come: the controls of release with the same token budget (prefix, shuffled, random, std);
+    # the exact divergences rkl, fkl, jsd.
 }
 
 BIG, TINY = 1e18, 1e-30  # "finite" and "positive"
@@ -93,8 +103,9 @@ def number(kind: type, low: float, high: float):
 FLAGS = {
     "what to run": [
         ("--method", "release", "preset", {"choices": list(METHODS)}),
-        ("--objective", None, "overrides the preset", {"choices": ["pg"]}),
+        ("--objective", None, "overrides the preset", {"choices": ["pg", "topk"]}),
         ("--mask", None, "overrides the preset", {"choices": ["none", "release"]}),
+        ("--lookahead", None, "overrides the preset", {"choices": ["on", "off"]}),
         ("--out", None, "run folder (default runs/<method>-seed<seed>)", {"metavar": "FOLDER"}),
         ("--seed", 0, "of data order and sampling", {"high": 2**31}),
         ("--steps", (30, 100), "batches of rollouts", {"low": 1}),
@@ -104,7 +115,8 @@ FLAGS = {
         ("--student", None, "model folder or hub name", {"metavar": "MODEL"}),
         ("--teacher", None, "model folder or hub name", {"metavar": "MODEL"}),
         ("--problems", None, "JSONL with problem, prompt or messages", {"metavar": "FILE"}),
-        ("--difficulty", 12, "moves per toy problem", {"low": 1, "high": toy.MAX_MOVES}),
+        ("--difficulty", None, "moves per toy problem (default what the world is made for)",
+         {"type": number(int, 1, toy.MAX_MOVES), "metavar": "N"}),
         ("--trust-remote-code", False, "run code that comes with a model", {}),
         ("--thinking", False, "render prompts in thinking mode", {}),
     ],
@@ -126,6 +138,17 @@ FLAGS = {
          {"choices": ["batch", "sequence", "none"]}),
         ("--splitter", "auto", "NLTK's pretrained English Punkt, or an untrained one",
          {"choices": ["auto", "pretrained", "untrained"]}),
+    ],
+    "lookahead": [
+        ("--lgr-gamma", 1.0, "weight of the group reward", {}),
+        ("--lgr-tau", 0.2, "look ahead above this student entropy, nats", {}),
+        ("--lgr-top-k", 8, "student candidates in a group, tokens", {"low": 2}),
+        ("--lgr-signal", "max_prob", "the teacher's confidence", {"choices": [*lgr.SIGNALS]}),
+        ("--lgr-normalize", "std", "divide by the group's deviation, or only subtract its mean",
+         {"choices": ["std", "mean"]}),
+        ("--lgr-eps", 1e-6, "added to that deviation", {}),
+        ("--lgr-nodes", 4096, "candidates per forward pass: bounds memory", {"low": 1}),
+        ("--union-top-k", 20, "of objective topk: tokens from each model", {"low": 1}),
     ],
     "optimisation": [
         ("--lr", (1e-3, 1e-5), "AdamW, constant", {"low": TINY}),
@@ -194,6 +217,7 @@ def parse(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
     for name, value in dataclasses.asdict(METHODS[args.method]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.difficulty = args.difficulty or toy.world(args.toy).moves
     limit = toy.response_limit(args.difficulty) if args.problems is None else 8192
     args.max_new_tokens = args.max_new_tokens or limit
     for flag, default, *_ in sum(FLAGS.values(), []):
@@ -250,32 +274,6 @@ def micro_batches(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-@torch.no_grad()
-def score(
-    teacher, batch: rollout.Rollout, *, top_k: int, vocab_size: int, micro_batch: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Phase 2: the teacher's log-probs of the sampled tokens, [B, T], and of the student's first
-    `top_k` candidates, [B, T, K], in nats at temperature 1, 0 outside the response."""
-    logp_BT = torch.zeros_like(batch.logp_BT)
-    candidate_logp_BTK = logp_BT.new_zeros(*logp_BT.shape, top_k)
-    for rows in micro_batches(len(logp_BT), micro_batch):
-        used = int(batch.response_mask_BT[rows].any(dim=0).nonzero().max()) + 1
-        ids_BT = batch.ids_BT[rows, :used]
-        # rows are padded on the right, so causal attention alone keeps padding out
-        hidden_BTD = teacher.base_model(input_ids=ids_BT, use_cache=False)[0]
-        stats = logprobs.token_stats(
-            hidden_BTD,
-            teacher.get_output_embeddings().weight,
-            ids_BT,
-            candidates_BTK=batch.topk_ids_BTK[rows, :used, :top_k],
-            mask_BT=batch.response_mask_BT[rows, :used],
-            vocab_size=vocab_size,
-        )
-        logp_BT[rows, :used] = stats.logp_BT
-        candidate_logp_BTK[rows, :used] = stats.candidate_logp_BTK
-    return logp_BT, candidate_logp_BTK
-
-
 @dataclass
 class Supervision:
     """Which tokens to supervise, and what the rule saw.
@@ -313,6 +311,144 @@ def supervise(batch, candidate_logp_BTK, tokenizer, splitter, args) -> Supervisi
             keep_BT[row, batch.response_mask_BT[row]] = keep_T.to(keep_BT.device)
             released_B[row], gain_B[row] = point.kept is not None, point.gain
     return Supervision(keep_BT, released_B, gain_B)
+
+
+@dataclass
+class Lookahead:
+    """What one step of lookahead saw; 0 or false where it did not look.
+
+    trigger_BT   bool, supervised tokens where the student hesitates
+    reward_BT    group reward of the sampled token, 0 where it is not in its group
+    outside_BT   bool, triggered and not in its group
+    spread_BT    standard deviation of the group's confidences
+    reward_BTK   reward of every candidate (kept for objective topk only)
+    """
+
+    trigger_BT: torch.Tensor
+    reward_BT: torch.Tensor
+    outside_BT: torch.Tensor
+    spread_BT: torch.Tensor
+    reward_BTK: torch.Tensor | None
+
+
+def look_ahead(teacher, trunk, batch, keep_BT, vocab_size, args) -> Lookahead:
+    """Phase 3: the Lookahead Group Reward, off the KV cache of the pass that scored the batch."""
+    group_BTK = batch.topk_ids_BTK[..., : args.lgr_top_k]
+    trigger_BT = lgr.trigger(batch.entropy_BT, keep_BT, args.lgr_tau)
+    confidence_BTK = lgr.lookahead_confidence(
+        teacher,
+        batch.ids_BT,
+        batch.response_mask_BT,
+        trigger_BT,
+        group_BTK,
+        cache=trunk.past_key_values,
+        hidden_BTD=trunk[0],
+        signal=args.lgr_signal,
+        vocab_size=vocab_size,
+        nodes_per_slice=args.lgr_nodes,
+    )
+    reward_BTK = lgr.group_reward(confidence_BTK, normalize=args.lgr_normalize, eps=args.lgr_eps)
+    in_group_BT = (group_BTK == batch.ids_BT[..., None]).any(dim=-1)
+    return Lookahead(
+        trigger_BT,
+        lgr.sampled_reward(reward_BTK, group_BTK, batch.ids_BT),
+        trigger_BT & ~in_group_BT,
+        confidence_BTK.std(dim=-1).nan_to_num(),
+        reward_BTK if args.objective == "topk" else None,
+    )
+
+
+@dataclass
+class Grades:
+    """What phases 2 and 3 leave behind.
+
+    logp_BT           teacher's log-prob of the sampled token, nats; 0 outside the response
+    max_prob_BT       its largest probability there ("supervision fidelity"); 0 outside
+    choice            which tokens to supervise
+    ahead             lookahead rewards, or None
+    union_BTU         objective topk: top tokens of both models, else None
+    union_valid_BTU   false on repeated ones
+    union_logp_BTU    teacher's log-probs of them
+    """
+
+    logp_BT: torch.Tensor
+    max_prob_BT: torch.Tensor
+    choice: Supervision
+    ahead: Lookahead | None = None
+    union_BTU: torch.Tensor | None = None
+    union_valid_BTU: torch.Tensor | None = None
+    union_logp_BTU: torch.Tensor | None = None
+
+
+def pick(data, rows, columns: int):
+    """The same rows, and first columns, of every tensor in a (nested) dataclass; None stays."""
+    if isinstance(data, torch.Tensor):
+        return data[rows, :columns] if data.dim() > 1 else data[rows]
+    if data is None:
+        return None
+    fields = {f.name: pick(getattr(data, f.name), rows, columns) for f in dataclasses.fields(data)}
+    return type(data)(**fields)
+
+
+def stack(parts: list, columns: int):
+    """The inverse of `pick`: rows one below the other, filled up with zeros to `columns`."""
+    first = parts[0]
+    if isinstance(first, torch.Tensor):
+        if first.dim() == 1:
+            return torch.cat(parts)
+        out = first.new_zeros(sum(map(len, parts)), columns, *first.shape[2:])
+        for rows, part in zip(out.split([len(part) for part in parts]), parts, strict=True):
+            rows[:, : part.shape[1]] = part
+        return out
+    if first is None:
+        return None
+    names = [f.name for f in dataclasses.fields(first)]
+    return type(first)(**{n: stack([getattr(part, n) for part in parts], columns) for n in names})
+
+
+@torch.no_grad()
+def grade(run, batch: rollout.Rollout, watch) -> Grades:
+    """Phases 2 and 3, `--micro-batch` rollouts at a time: the teacher's KV cache of a micro-batch
+    lives until its leaves are scored, and no longer."""
+    parts = []
+    for rows in micro_batches(len(batch.ids_BT), run.args.micro_batch):
+        used = int(batch.response_mask_BT[rows].any(dim=0).nonzero().max()) + 1
+        parts.append(grade_rows(run, pick(batch, rows, used), watch))
+    return stack(parts, batch.ids_BT.shape[1])
+
+
+def grade_rows(run, batch: rollout.Rollout, watch) -> Grades:
+    """`grade` for one micro-batch."""
+    args, teacher = run.args, run.teacher
+    topk, lookahead = args.objective == "topk", args.lookahead == "on"
+    scored = max(args.margin_top_k * (args.mask == "release"), args.union_top_k * topk)
+    # rows are padded on the right, so causal attention alone keeps padding out
+    trunk = teacher.base_model(input_ids=batch.ids_BT, use_cache=lookahead)
+    stats = logprobs.token_stats(
+        trunk[0],
+        teacher.get_output_embeddings().weight,
+        batch.ids_BT,
+        top_k=args.union_top_k if topk else 0,
+        candidates_BTK=batch.topk_ids_BTK[..., :scored] if scored else None,
+        mask_BT=batch.response_mask_BT,
+        vocab_size=run.vocab_size,
+    )
+    watch.lap("score")
+    margins_of = stats.candidate_logp_BTK[..., : args.margin_top_k] if scored else None
+    choice = supervise(batch, margins_of, run.tokenizer, run.splitter, args)
+    watch.lap("mask")
+    grades = Grades(stats.logp_BT, stats.max_prob_BT, choice)
+    if lookahead:
+        grades.ahead = look_ahead(teacher, trunk, batch, choice.keep_BT, run.vocab_size, args)
+        watch.lap("lookahead")
+    if topk:
+        students_BTK = batch.topk_ids_BTK[..., : args.union_top_k]
+        grades.union_BTU, grades.union_valid_BTU = lgr.union_candidates(
+            students_BTK, stats.topk_ids_BTK
+        )
+        own_BTK = stats.candidate_logp_BTK[..., : args.union_top_k]
+        grades.union_logp_BTU = torch.cat([own_BTK, stats.topk_logp_BTK], dim=-1)
+    return grades
 
 
 # --------------------------------------------------------------------- phases 4 and 5: how to learn
@@ -364,12 +500,14 @@ class StudentLogProbs(torch.nn.Module):
         super().__init__()
         self.model, self.vocab_size, self.temperature = model, vocab_size, temperature
 
-    def forward(self, ids_BT, mask_BT):
-        """Log-probs [B, T] in nats at the sampling temperature, 0 outside `mask_BT`."""
+    def forward(self, ids_BT, mask_BT, candidates_BTK=None):
+        """Log-probs [B, T] of the tokens, or [B, T, K] of candidates in their places, in nats at
+        the sampling temperature, 0 outside `mask_BT`."""
         hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
         return logprobs.token_logprobs(
             hidden_BTD, self.model.get_output_embeddings().weight, ids_BT,
-            mask_BT=mask_BT, vocab_size=self.vocab_size, temperature=self.temperature,
+            candidates_BTK=candidates_BTK, mask_BT=mask_BT, vocab_size=self.vocab_size,
+            temperature=self.temperature,
         )
 
 
@@ -392,7 +530,26 @@ def policy_gradient_loss(
     return -(weight_BT * torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)).sum()
 
 
-def update(student, optimizer, batch, advantage_BT, keep_BT, weight_BT, args):
+def micro_batch_loss(student, batch, grades, advantage_BT, weight_BT, args) -> torch.Tensor:
+    """The objective on some rows, a scalar: the policy gradient, or (`topk`) the reverse KL over
+    the union of both models' top tokens with the lookahead reward inside."""
+    with autocast(args):
+        logp = student(batch.ids_BT, grades.choice.keep_BT, grades.union_BTU)
+    if args.objective == "topk":
+        reward_BTU = None
+        if grades.ahead is not None:  # the group is the first of the student's, which come first
+            reward_BTU = torch.zeros_like(grades.union_logp_BTU)
+            reward_BTU[..., : args.lgr_top_k] = args.lgr_gamma * grades.ahead.reward_BTK
+        loss_BT = lgr.topk_loss(
+            logp, grades.union_logp_BTU, grades.union_valid_BTU, reward_BTU
+        )
+        return (weight_BT * loss_BT).sum()
+    behaviour_BT = batch.logp_BT if args.updates_per_rollout > 1 else None
+    clip = (args.clip_low, args.clip_high)
+    return policy_gradient_loss(logp, advantage_BT, weight_BT, behaviour_BT, clip)
+
+
+def update(student, optimizer, batch, grades, advantage_BT, weight_BT, args):
     """Phase 5: one optimizer step over micro-batches; returns (loss over all ranks, grad norm).
 
     Columns after the last kept token are cut off before the forward: attention is causal, so what
@@ -400,6 +557,7 @@ def update(student, optimizer, batch, advantage_BT, keep_BT, weight_BT, args):
     at least one backward, or DDP would wait for it for ever.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
+    keep_BT = grades.choice.keep_BT
     row_R = keep_BT.any(dim=1).nonzero()[:, 0]
     row_R = row_R if len(row_R) else torch.zeros(1, dtype=torch.int64, device=keep_BT.device)
     slices = micro_batches(len(row_R), args.micro_batch)
@@ -412,15 +570,8 @@ def update(student, optimizer, batch, advantage_BT, keep_BT, weight_BT, args):
         last = piece.stop == len(row_R)
         wait = contextlib.nullcontext() if last or world == 1 else student.no_sync()
         with wait:
-            with autocast(args):
-                logp_BT = student(batch.ids_BT[rows, :used], keep_BT[rows, :used])
-            loss = policy_gradient_loss(
-                logp_BT,
-                advantage_BT[rows, :used],
-                weight_BT[rows, :used],
-                batch.logp_BT[rows, :used] if args.updates_per_rollout > 1 else None,
-                (args.clip_low, args.clip_high),
-            )
+            own = [pick(x, rows, used) for x in (batch, grades, advantage_BT, weight_BT)]
+            loss = micro_batch_loss(student, *own, args)
             (loss * world).backward()  # DDP averages over ranks; the weights already count all
         local_loss += loss.item()
     limit = args.clip_grad if args.clip_grad > 0 else math.inf
@@ -476,6 +627,15 @@ class Stopwatch:
         self.start = now
 
 
+def candidates_needed(args) -> int:
+    """How many of the student's most likely tokens the later phases look at."""
+    wanted = [1]
+    wanted += [args.margin_top_k] if args.mask == "release" else []
+    wanted += [args.lgr_top_k] if args.lookahead == "on" else []
+    wanted += [args.union_top_k] if args.objective == "topk" else []
+    return max(wanted)
+
+
 def sample(run: Run, step: int) -> rollout.Rollout:
     """Phase 1: this process's share of the step's rollouts."""
     args = run.args
@@ -491,7 +651,7 @@ def sample(run: Run, step: int) -> rollout.Rollout:
             eos_ids=run.stop_ids,
             pad_id=run.pad_id,
             temperature=args.temperature,
-            top_k=args.margin_top_k,
+            top_k=candidates_needed(args),
             batch_size=args.sample_batch,
             generator=row_generator(args.seed, step, mine.start, args.max_new_tokens),
             vocab_size=run.vocab_size,
@@ -504,72 +664,115 @@ def train_step(run: Run, step: int) -> dict:
     batch = sample(run, step)
     watch.lap("sample")
 
-    teacher_logp_BT, candidate_logp_BTK = score(
-        run.teacher,
-        batch,
-        top_k=args.margin_top_k,
-        vocab_size=run.vocab_size,
-        micro_batch=args.micro_batch,
-    )
-    watch.lap("score")
+    grades = grade(run, batch, watch)
 
-    choice = supervise(batch, candidate_logp_BTK, run.tokenizer, run.splitter, args)
-    watch.lap("mask")
-
-    mask_BT = batch.response_mask_BT
-    advantage_BT = teacher_logp_BT - batch.logp_BT
+    mask_BT, keep_BT = batch.response_mask_BT, grades.choice.keep_BT
+    advantage_BT = grades.logp_BT - batch.logp_BT
     reverse_kl = -(advantage_BT * mask_BT).sum().item()
     if args.advantage_clip > 0:
         advantage_BT = advantage_BT.clamp(-args.advantage_clip, args.advantage_clip)
-    sums = batch_sums(batch, choice, reverse_kl)
+    if grades.ahead is not None:
+        advantage_BT = advantage_BT + args.lgr_gamma * grades.ahead.reward_BT
+    sums = {"reverse_kl": reverse_kl} | batch_sums(batch, grades)
     sums = dict(zip(sums, sum_over_ranks(list(sums.values()), mask_BT.device), strict=True))
-    weight_BT = token_weights(
-        mask_BT, choice.keep_BT, args.rescale, sums["tokens"], sums["kept_tokens"]
-    )
+    weight_BT = token_weights(mask_BT, keep_BT, args.rescale, sums["tokens"], sums["kept_tokens"])
     for _ in range(args.updates_per_rollout):
         loss, norm = update(
-            run.student, run.optimizer, batch, advantage_BT, choice.keep_BT, weight_BT, args
+            run.student, run.optimizer, batch, grades, advantage_BT, weight_BT, args
         )
         run.scheduler.step()
     watch.lap("update")
-    return log_line(step, loss, norm, sums, watch.seconds)
+    return log_line(step, loss, norm, sums, watch.seconds, args)
 
 
-def batch_sums(batch: rollout.Rollout, choice: Supervision, reverse_kl: float) -> dict[str, float]:
+def repeated_ngrams(ids_T: torch.Tensor, n: int = 4) -> tuple[int, int]:
+    """How many of a response's n-grams it has written before, and how many it has.
+
+    >>> repeated_ngrams(torch.tensor([7, 8, 7, 8, 7, 8, 7]))   # 7878 8787 7878 8787
+    (2, 4)
+    """
+    count = max(len(ids_T) - n + 1, 0)
+    gram_G = ids_T[:count]
+    for place in range(1, n):  # number the grams one token longer: exact, and within int64
+        gram_G = gram_G * (ids_T.max() + 1) + ids_T[place : place + count]
+        gram_G = gram_G.unique(return_inverse=True)[1]
+    return count - len(gram_G.unique()), count
+
+
+def quarters(mask_BT: torch.Tensor) -> torch.Tensor:
+    """Which quarter of its response every token lies in: 0 to 3; 4 outside.
+
+    >>> quarters(torch.tensor([[False, True, True, True, True, True, True, True, True]])).tolist()
+    [[4, 0, 0, 1, 1, 2, 2, 3, 3]]
+    """
+    place_BT, length_B1 = mask_BT.cumsum(1) - 1, mask_BT.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(mask_BT, 4 * place_BT // length_B1, 4)
+
+
+def batch_sums(batch: rollout.Rollout, grades: Grades) -> dict[str, float]:
     """Numerators and denominators of this process, to be added up over all of them."""
-    mask_BT, keep_BT = batch.response_mask_BT, choice.keep_BT
-    kept_share_B = (keep_BT.sum(1) / mask_BT.sum(1)).cpu()
-    return {
+    mask_BT, choice, ahead = batch.response_mask_BT, grades.choice, grades.ahead
+    kept_share_B = (choice.keep_BT.sum(1) / mask_BT.sum(1)).cpu()
+    rows = zip(batch.ids_BT, mask_BT, strict=True)
+    grams = [repeated_ngrams(ids_T[mask_T]) for ids_T, mask_T in rows]
+    sums = {
         "rollouts": len(mask_BT),
         "tokens": mask_BT.sum().item(),
-        "kept_tokens": keep_BT.sum().item(),
-        "reverse_kl": reverse_kl,
+        "kept_tokens": choice.keep_BT.sum().item(),
         "entropy": batch.entropy_BT.sum().item(),
         "truncated": batch.truncated_B.sum().item(),
+        "repeated": sum(repeated for repeated, _ in grams),
+        "grams": sum(count for _, count in grams),
         "fired": choice.released_B.sum().item(),
         "release_at": kept_share_B[choice.released_B].sum().item(),
         "bic_gain": choice.gain_B.sum().item(),
         "bic_gain_over_6": (choice.gain_B > 6).sum().item(),
     }
+    quarter_BT = quarters(mask_BT)
+    for quarter in range(4):
+        here_BT = quarter_BT == quarter
+        sums[f"tokens_{quarter}"] = here_BT.sum().item()
+        sums[f"fidelity_{quarter}"] = grades.max_prob_BT[here_BT].sum().item()
+    if ahead is not None:
+        sums["triggered"] = ahead.trigger_BT.sum().item()
+        sums["reward"] = ahead.reward_BT.sum().item()
+        sums["group_std"] = ahead.spread_BT.sum().item()
+        sums["outside"] = ahead.outside_BT.sum().item()
+    return sums
 
 
-def log_line(step: int, loss: float, norm: float, sums: dict, seconds: dict) -> dict:
+def log_line(step: int, loss: float, norm: float, sums: dict, seconds: dict, args) -> dict:
     """One step for log.jsonl; README's glossary says what each number is."""
     rollouts, tokens, fired = sums["rollouts"], sums["tokens"], sums["fired"]
-    total = sum(seconds.values())
-    return {
+    triggered, total = sums.get("triggered", 0), sum(seconds.values())
+
+    def per(name: str, count: float) -> float | None:
+        return sums[name] / count if count else None
+
+    line = {
         "step": step + 1,
         "loss": loss,
         "reverse_kl": sums["reverse_kl"] / tokens,
         "entropy": sums["entropy"] / tokens,
         "response_tokens": tokens / rollouts,
         "truncated": sums["truncated"] / rollouts,
+        "repeated_4grams": per("repeated", sums["grams"]),
+        "fidelity": [per(f"fidelity_{q}", sums[f"tokens_{q}"]) for q in range(4)],
         "kept": sums["kept_tokens"] / tokens,
         "kept_tokens": int(sums["kept_tokens"]),
         "fired": fired / rollouts,
-        "release_at": sums["release_at"] / fired if fired else None,
-        "bic_gain": sums["bic_gain"] / fired if fired else None,
+        "release_at": per("release_at", fired),
+        "bic_gain": per("bic_gain", fired),
         "bic_gain_over_6": sums["bic_gain_over_6"] / rollouts,
+    }
+    if args.lookahead == "on":
+        line |= {
+            "triggered": triggered / tokens,
+            "group_std": per("group_std", triggered),
+            "bonus": args.lgr_gamma * sums["reward"] / triggered if triggered else None,
+            "outside_group": per("outside", triggered),
+        }
+    return line | {
         "grad_norm": norm,
         "seconds": {name: round(value, 4) for name, value in (seconds | {"total": total}).items()},
         "tokens_per_second": tokens / total,
@@ -605,6 +808,10 @@ def evaluate_student(run: Run, step: int) -> dict:
         dist.all_gather_object(shares, records)
         records = [record for share in shares for record in share]
     summary = evaluate.summarise(records)
+    uncertain = toy.world(args.toy).uncertain
+    if uncertain and args.problems is None and args.eval_problems is None:
+        texts = [record["text"] for samples in records for record in samples]
+        summary["uncertain_wording"] = toy.wording_share(texts, uncertain)
     return {"step": step, **summary, "seconds": {"evaluate": round(time.perf_counter() - start, 4)}}
 
 
@@ -661,10 +868,12 @@ def prepare(args, rank: int, world: int) -> Run:
     vocab_size = min(
         common_vocabulary(*tokenizers.values()), *(c.vocab_size for c in configs.values())
     )
-    if args.margin_top_k > vocab_size:
-        raise ValueError(
-            f"--margin-top-k {args.margin_top_k} exceeds the vocabulary of {vocab_size}"
-        )
+    for flag in ("margin_top_k", "lgr_top_k", "union_top_k"):
+        if getattr(args, flag) > vocab_size:
+            raise ValueError(
+                f"--{flag.replace('_', '-')} {getattr(args, flag)} exceeds the vocabulary of "
+                f"{vocab_size}"
+            )
     problems, prompts = load_prompts(args, tokenizer, args.problems, "train")
     eval_problems, eval_prompts = [], []
     if args.eval_problems is not None or args.problems is None:
@@ -765,6 +974,10 @@ def load_models(run: Run, device: torch.device) -> None:
             run.model = model.train()  # dropout is 0; checkpointing works in training mode only
         else:
             run.teacher = model.requires_grad_(False)
+            if args.lookahead == "on":
+                longest = max(map(len, run.prompts)) + args.max_new_tokens
+                lgr.check_model(model, longest)
+                lgr.self_check(model, torch.tensor(run.prompts[0], device=device))
     run.stop_ids = evaluate.stop_ids(run.model, run.teacher, run.tokenizer)
     if args.gradient_checkpointing:
         run.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -14,6 +14,7 @@ LEAVES = {  # the only packages that each may import besides the standard librar
     "teachability.py": {"torch", "nltk"},
     "logprobs.py": {"torch"},
     "rollout.py": {"torch"},
+    "lgr.py": {"torch"},
 }
 
 
