@@ -290,10 +290,9 @@ class Supervision:
 
 def supervise(batch, candidate_logp_BTK, tokenizer, splitter, args) -> Supervision:
     """Phase 3, per rollout: sentences, their mean margins, a change point, the keep mask."""
-    B = len(batch.ids_BT)
-    keep_BT = batch.response_mask_BT.clone()
-    released_B = torch.zeros(B, dtype=torch.bool)
-    gain_B = torch.zeros(B, dtype=torch.float64)
+    B, keep_BT = len(batch.ids_BT), batch.response_mask_BT.clone()
+    released_B = torch.zeros(B, dtype=torch.bool, device=keep_BT.device)
+    gain_B = torch.zeros(B, dtype=torch.float64, device=keep_BT.device)
     if args.mask == "release":
         margin_BT = teachability.teacher_margin(candidate_logp_BTK, kind=args.margin).cpu()
         counted_BT = batch.entropy_BT.cpu() >= args.margin_min_entropy
@@ -540,9 +539,7 @@ def micro_batch_loss(student, batch, grades, advantage_BT, weight_BT, args) -> t
         if grades.ahead is not None:  # the group is the first of the student's, which come first
             reward_BTU = torch.zeros_like(grades.union_logp_BTU)
             reward_BTU[..., : args.lgr_top_k] = args.lgr_gamma * grades.ahead.reward_BTK
-        loss_BT = lgr.topk_loss(
-            logp, grades.union_logp_BTU, grades.union_valid_BTU, reward_BTU
-        )
+        loss_BT = lgr.topk_loss(logp, grades.union_logp_BTU, grades.union_valid_BTU, reward_BTU)
         return (weight_BT * loss_BT).sum()
     behaviour_BT = batch.logp_BT if args.updates_per_rollout > 1 else None
     clip = (args.clip_low, args.clip_high)
@@ -691,10 +688,12 @@ def repeated_ngrams(ids_T: torch.Tensor, n: int = 4) -> tuple[int, int]:
     >>> repeated_ngrams(torch.tensor([7, 8, 7, 8, 7, 8, 7]))   # 7878 8787 7878 8787
     (2, 4)
     """
-    count = max(len(ids_T) - n + 1, 0)
-    gram_G = ids_T[:count]
+    count = len(ids_T) - n + 1
+    if count < 1:
+        return 0, 0
+    gram_G, base = ids_T[:count], ids_T.max() + 1
     for place in range(1, n):  # number the grams one token longer: exact, and within int64
-        gram_G = gram_G * (ids_T.max() + 1) + ids_T[place : place + count]
+        gram_G = gram_G * base + ids_T[place : place + count]
         gram_G = gram_G.unique(return_inverse=True)[1]
     return count - len(gram_G.unique()), count
 
@@ -712,7 +711,7 @@ def quarters(mask_BT: torch.Tensor) -> torch.Tensor:
 def batch_sums(batch: rollout.Rollout, grades: Grades) -> dict[str, float]:
     """Numerators and denominators of this process, to be added up over all of them."""
     mask_BT, choice, ahead = batch.response_mask_BT, grades.choice, grades.ahead
-    kept_share_B = (choice.keep_BT.sum(1) / mask_BT.sum(1)).cpu()
+    kept_share_B = choice.keep_BT.sum(1) / mask_BT.sum(1)
     rows = zip(batch.ids_BT, mask_BT, strict=True)
     grams = [repeated_ngrams(ids_T[mask_T]) for ids_T, mask_T in rows]
     sums = {
@@ -977,7 +976,7 @@ def load_models(run: Run, device: torch.device) -> None:
             if args.lookahead == "on":
                 longest = max(map(len, run.prompts)) + args.max_new_tokens
                 lgr.check_model(model, longest)
-                lgr.self_check(model, torch.tensor(run.prompts[0], device=device))
+                lgr.self_check(model)
     run.stop_ids = evaluate.stop_ids(run.model, run.teacher, run.tokenizer)
     if args.gradient_checkpointing:
         run.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -178,7 +178,11 @@ def test_worlds():
         toy.world("nowhere")
 
 
-@pytest.mark.parametrize("name", ["student", "clean", "horizon"])
+FORKS = ["fork", "fork-student", "fork-mirror", "fork-mirror-student"]
+MODELS = ["student", "clean", "horizon", *FORKS]
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_committed_folders_load_offline(name, tokenizer, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = toy.ASSETS / name

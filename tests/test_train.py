@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.multiprocessing as mp
 from conftest import tiny_model, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lgr
 import rollout
 import toy
 import train
@@ -34,10 +36,13 @@ def enumerate_sequences(vocabulary: int, longest: int, stop: int):
                 yield list(ids)
 
 
-def test_expected_policy_gradient_is_the_gradient_of_the_reverse_kl():
+@pytest.mark.parametrize("gamma", [0.0, 0.7])
+def test_expected_policy_gradient_is_that_of_the_reverse_kl_minus_the_expected_reward(gamma):
     """V = 4, up to 3 tokens, all 40 responses, float64.  The expectation of the sampled estimator
-    equals the gradient of sum over prefixes p(prefix) KL(p_S(.|prefix) || p_T(.|prefix)), with the
-    prefix distribution held fixed: what "token-level reverse KL on student rollouts" means."""
+    equals the gradient of sum over prefixes p(prefix) [KL(p_S(.|prefix) || p_T(.|prefix)) - gamma
+    sum_v p_S(v|prefix) r(v)], with the prefix distribution held fixed: what "token-level reverse
+    KL on student rollouts" means.  r is the group reward of the student's top 2, by plain forward
+    passes of the teacher on one side, by the tree on the other."""
     V, longest, stop, prompt = 4, 3, 0, [2, 1]
     # GPT-2: the norms and rotations of the others pass through float32
     student, teacher = (tiny_model("gpt2", seed=s, vocab_size=V).double() for s in (1, 2))
@@ -49,11 +54,14 @@ def test_expected_policy_gradient_is_the_gradient_of_the_reverse_kl():
     mask_BT = (column_T >= len(prompt)) & (column_T < length_B)
     with torch.no_grad():
         teacher_logp_BT = train.StudentLogProbs(teacher, V, 1.0)(ids_BT, mask_BT)
+        group_BTK = student(ids_BT).logits.topk(2).indices.roll(1, dims=1)
+    confidence_BTK = lgr.lookahead_confidence(teacher, ids_BT, mask_BT, mask_BT, group_BTK)
+    reward_BT = lgr.sampled_reward(lgr.group_reward(confidence_BTK), group_BTK, ids_BT)
     wrapped = train.StudentLogProbs(student, V, 1.0)
     logp_BT = wrapped(ids_BT, mask_BT)
     probability_B = logp_BT.detach().sum(1).exp()
     assert abs(probability_B.sum() - 1) < 1e-12
-    advantage_BT = teacher_logp_BT - logp_BT.detach()
+    advantage_BT = teacher_logp_BT - logp_BT.detach() + gamma * reward_BT
     weight_BT = probability_B[:, None] * mask_BT  # the expectation, not a sample
     train.policy_gradient_loss(logp_BT, advantage_BT, weight_BT).backward()
     estimator = [p.grad.clone() for p in student.parameters()]
@@ -63,12 +71,21 @@ def test_expected_policy_gradient_is_the_gradient_of_the_reverse_kl():
     for length in range(longest):
         for prefix in itertools.product(range(1, V), repeat=length):
             ids = torch.tensor([prompt + list(prefix)])
+            logp_TV = torch.log_softmax(student(ids).logits[0], -1)
+            reward_V = torch.zeros(V, dtype=torch.float64)
             with torch.no_grad():
                 log_q_V = torch.log_softmax(teacher(ids).logits[0, -1], -1)
-            logp_TV = torch.log_softmax(student(ids).logits[0], -1)
+                group = logp_TV[-1].topk(2).indices.tolist()
+                ahead = [teacher(torch.cat([ids, torch.tensor([[c]])], 1)).logits for c in group]
+                first, second = (logits[0, -1].softmax(-1).max() for logits in ahead)
+                # of two values, the unbiased deviation is |difference| / sqrt 2
+                spread = (first - second).abs() / math.sqrt(2) + 1e-6
+                reward_V[group[0]] = (first - second) / 2 / spread
+                reward_V[group[1]] = (second - first) / 2 / spread
             reach = sum(logp_TV[len(prompt) - 1 + i, t] for i, t in enumerate(prefix))
             reach = torch.as_tensor(reach, dtype=torch.float64).detach().exp()
-            exact = exact + reach * (logp_TV[-1].exp() * (logp_TV[-1] - log_q_V)).sum()
+            p_V = logp_TV[-1].exp()
+            exact = exact + reach * (p_V * (logp_TV[-1] - log_q_V - gamma * reward_V)).sum()
     exact.backward()
     reference = [p.grad for p in student.parameters()]
     assert max(g.abs().max() for g in reference) > 1e-2
@@ -107,8 +124,7 @@ def test_student_equal_to_teacher_learns_nothing():
     world = toy.world("clean")
     run = make_run(*SHORT, "--difficulty", "4", student=world.student, teacher=world.student)
     batch = train.sample(run, 0)
-    logp_BT, _ = train.score(run.teacher, batch, top_k=4, vocab_size=run.vocab_size, micro_batch=3)
-    advantage = logp_BT - batch.logp_BT
+    advantage = train.grade(run, batch, train.Stopwatch("cpu")).logp_BT - batch.logp_BT
     assert advantage[batch.response_mask_BT].abs().max() < 1e-4
     line = train.train_step(run, 0)
     assert abs(line["loss"]) < 1e-5 and abs(line["reverse_kl"]) < 1e-5 and line["grad_norm"] < 1e-3
@@ -126,24 +142,130 @@ def test_clamped_advantages_and_warm_up():
     assert math.isclose(run.optimizer.param_groups[0]["lr"], 4e-4)
 
 
+def grade(run, batch):
+    """Phases 2 and 3 without a stopwatch to look at."""
+    return train.grade(run, batch, train.Stopwatch("cpu"))
+
+
+def teacher_logprobs(run, batch, row):
+    """[T, V] by a plain forward of one unpadded row; entry t describes token t, entry 0 is 0."""
+    used = int(batch.response_mask_BT[row].nonzero().max()) + 1
+    with torch.no_grad():
+        logits_TV = run.teacher(batch.ids_BT[row : row + 1, :used]).logits[0, :, : run.vocab_size]
+    return torch.log_softmax(logits_TV, -1).roll(1, dims=0).index_fill(0, torch.tensor([0]), 0.0)
+
+
 def test_teacher_scores_equal_a_plain_forward():
-    run = make_run(*TOY, *SHORT, "--margin-top-k", "3")
+    run = make_run("--toy", "fork", *SHORT, "--method", "lgr_topk", "--union-top-k", "3",
+                   "--lgr-top-k", "2", "--micro-batch", "2")
     batch = train.sample(run, 0)
-    logp_BT, candidate_logp_BTK = train.score(
-        run.teacher, batch, top_k=3, vocab_size=run.vocab_size, micro_batch=2
-    )
+    grades = grade(run, batch)
+    assert grades.union_BTU.shape[2] == 6 and batch.topk_ids_BTK.shape[2] == 3
     for row in range(5):
-        mask_T = batch.response_mask_BT[row]
-        used = int(mask_T.nonzero().max()) + 1
-        with torch.no_grad():
-            logits_TV = run.teacher(batch.ids_BT[row : row + 1, :used]).logits[0]
-        logp_TV = torch.log_softmax(logits_TV[:, : run.vocab_size], -1)[:-1]
-        at_ids = logp_TV.gather(1, batch.ids_BT[row, 1:used, None])[:, 0]
-        at_candidates = logp_TV.gather(1, batch.topk_ids_BTK[row, 1:used, :3])
-        here = mask_T[1:used]
-        assert torch.allclose(logp_BT[row, 1:used][here], at_ids[here], atol=1e-4)
-        mine = candidate_logp_BTK[row, 1:used]
-        assert torch.allclose(mine[here], at_candidates[here], atol=1e-4)
+        here_T = batch.response_mask_BT[row].nonzero()[:, 0]
+        logp_NV = teacher_logprobs(run, batch, row)[here_T]
+        at_ids = logp_NV.gather(1, batch.ids_BT[row, here_T, None])[:, 0]
+        assert torch.allclose(grades.logp_BT[row, here_T], at_ids, atol=1e-4)
+        assert torch.allclose(grades.max_prob_BT[row, here_T], logp_NV.amax(1).exp(), atol=1e-5)
+        union = grades.union_BTU[row, here_T]
+        assert torch.equal(union[:, :3], batch.topk_ids_BTK[row, here_T])
+        at_union = logp_NV.gather(1, union)
+        assert torch.allclose(grades.union_logp_BTU[row, here_T], at_union, atol=1e-4)
+        assert torch.allclose(at_union[:, 3:], logp_NV.topk(3).values, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lgr", "release+lgr"])
+def test_lookahead_happens_where_the_student_hesitates_and_supervision_is_kept(method):
+    run = make_run("--toy", "fork", "--prompts-per-step", "12", "--method", method,
+                   "--micro-batch", "5", "--lgr-tau", "0.3", "--lgr-nodes", "50")
+    batch = train.sample(run, 0)
+    grades = grade(run, batch)
+    ahead, keep_BT = grades.ahead, grades.choice.keep_BT
+    assert torch.equal(ahead.trigger_BT, (batch.entropy_BT > 0.3) & keep_BT)
+    if method == "release+lgr":
+        horizon = make_run("--toy", "horizon", "--prompts-per-step", "12", "--method", method)
+        beyond = train.sample(horizon, 0)
+        cut = grade(horizon, beyond)
+        assert (cut.choice.keep_BT.sum(1) < beyond.response_mask_BT.sum(1)).all()
+        wanted_BT = (beyond.entropy_BT > 0.2) & cut.choice.keep_BT
+        assert torch.equal(cut.ahead.trigger_BT, wanted_BT)
+        assert not cut.ahead.reward_BT[~cut.choice.keep_BT].any()
+    assert ahead.trigger_BT.any() and ahead.reward_BT.any() and ahead.reward_BTK is None
+    assert not ahead.reward_BT[~ahead.trigger_BT].any()
+    seen = 0
+    for row, t in ahead.trigger_BT.nonzero().tolist()[::7]:
+        group = batch.topk_ids_BTK[row, t, :8].tolist()
+        confidence = []
+        for token in group:
+            path = torch.cat([batch.ids_BT[row, :t], torch.tensor([token])])[None]
+            with torch.no_grad():
+                confidence.append(run.teacher(path).logits[0, -1].softmax(-1).max())
+        confidence = torch.stack(confidence).double()
+        spread = confidence.std()
+        assert abs(ahead.spread_BT[row, t] - spread) < 1e-5
+        token = int(batch.ids_BT[row, t])
+        assert bool(ahead.outside_BT[row, t]) == (token not in group)
+        if token in group and spread > 1e-2:  # below that rounding decides
+            reward = (confidence[group.index(token)] - confidence.mean()) / (spread + 1e-6)
+            assert abs(ahead.reward_BT[row, t] - reward) < 1e-3
+            seen += 1
+    assert seen >= 3
+
+
+def test_the_bonus_reaches_the_advantage_once_and_the_clip_does_not_touch_it():
+    """With gamma 0 a step of lgr is a step of opd; the loss is linear in gamma."""
+    losses = {}
+    for method, gamma in (("opd", 0), ("lgr", 0), ("lgr", 1), ("lgr", 3)):
+        run = make_run("--toy", "fork", *SHORT, "--method", method, "--lgr-gamma", str(gamma),
+                       "--advantage-clip", "0.01")
+        losses[method, gamma] = train.train_step(run, 0)["loss"]
+    assert math.isclose(losses["opd", 0], losses["lgr", 0], rel_tol=1e-5)
+    slope = losses["lgr", 1] - losses["lgr", 0]
+    assert abs(slope) > 1e-3
+    assert math.isclose(losses["lgr", 3] - losses["lgr", 0], 3 * slope, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("mask", ["none", "release"])
+def test_topk_update_equals_the_objective_written_out(mask):
+    """Loss and gradient of one update against full logits, a dense union and autograd."""
+    run = make_run("--toy", "fork", *SHORT, "--method", "lgr_topk", "--mask", mask, "--lr", "1e-9",
+                   "--union-top-k", "5", "--lgr-top-k", "4", "--lgr-gamma", "0.6",
+                   "--clip-grad", "0", "--micro-batch", "2", "--min-segments", "1")
+    batch = train.sample(run, 0)
+    grades = grade(run, batch)
+    keep_BT, gamma = grades.choice.keep_BT, 0.6
+    if mask == "release":  # cut one by hand, whatever the rule thinks of so short a text
+        keep_BT[1, int(keep_BT[1].nonzero().min()) + 9 :] = False
+        grades.ahead.reward_BTK[~keep_BT] = 0.0
+    weight_BT = keep_BT / keep_BT.sum()
+    loss, norm = train.update(run.student, run.optimizer, batch, grades, None, weight_BT, run.args)
+    mine = [p.grad.clone() for p in run.model.parameters()]
+
+    run.model.zero_grad()
+    total = 0.0
+    for row in range(5):
+        used = int(batch.response_mask_BT[row].nonzero().max()) + 1
+        student_TV = run.model(batch.ids_BT[row : row + 1, :used]).logits[0, :, : run.vocab_size]
+        teacher_TV = teacher_logprobs(run, batch, row)
+        for t in keep_BT[row].nonzero()[:, 0].tolist():
+            own = batch.topk_ids_BTK[row, t].tolist()
+            union = sorted(set(own) | set(teacher_TV[t].topk(5).indices.tolist()))
+            log_s = student_TV[t - 1, union].log_softmax(-1)
+            log_t = teacher_TV[t, union].log_softmax(-1)
+            reward = torch.zeros(len(union))
+            if grades.ahead.trigger_BT[row, t]:
+                for place, token in enumerate(own[:4]):
+                    reward[union.index(token)] = grades.ahead.reward_BTK[row, t, place]
+            total = total + (log_s.exp() * (log_s - log_t - gamma * reward)).sum()
+    (total / keep_BT.sum()).backward()
+    assert math.isclose(loss, total.item() / int(keep_BT.sum()), rel_tol=1e-4, abs_tol=1e-6)
+    for a, p in zip(mine, run.model.parameters(), strict=True):
+        assert torch.allclose(a, p.grad, rtol=1e-3, atol=1e-5 * norm)
+
+
+def only_mask(keep_BT):
+    """Grades that say nothing but which tokens to supervise."""
+    return train.Grades(None, None, train.Supervision(keep_BT, None, None))
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -159,7 +281,10 @@ def test_update_cuts_off_what_was_released_and_changes_nothing(updates):
     for row in range(1, B):
         keep[row, int(keep[row].nonzero().min()) + 7 * row :] = False
     weight = train.token_weights(batch.response_mask_BT, keep, "batch", 100, float(keep.sum()))
-    loss, norm = train.update(run.student, run.optimizer, batch, advantage, keep, weight, run.args)
+    grades = only_mask(keep)
+    loss, norm = train.update(
+        run.student, run.optimizer, batch, grades, advantage, weight, run.args
+    )
     cut = [p.grad.clone() for p in run.model.parameters()]
     run.model.zero_grad()
     logp = run.student(batch.ids_BT, batch.response_mask_BT)
@@ -212,10 +337,7 @@ def test_the_rule_finds_the_toy_teachers_horizon(world):
     rule still fires on some (it takes any gain above 0), but late and with small gains."""
     run = make_run("--toy", world, "--prompts-per-step", "60")
     batch = train.sample(run, 0)
-    _, candidates = train.score(
-        run.teacher, batch, top_k=4, vocab_size=run.vocab_size, micro_batch=60
-    )
-    choice = train.supervise(batch, candidates, run.tokenizer, run.splitter, run.args)
+    choice = grade(run, batch).choice
     significant = (choice.gain_B > 6).float().mean()
     kept = choice.keep_BT.sum() / batch.response_mask_BT.sum()
     if world == "clean":
@@ -260,7 +382,9 @@ def one_update(rank, world, folder):
     batch = rollout.Rollout(batch.ids_BT[mine], batch.response_mask_BT[mine], batch.logp_BT[mine],
                             None, None, None)
     numbers = [
-        train.update(student, optimizer, batch, advantage[mine], keep[mine], weight[mine], args)
+        train.update(
+            student, optimizer, batch, only_mask(keep[mine]), advantage[mine], weight[mine], args
+        )
         for _ in range(2)
     ]
     if rank == 0:
@@ -301,21 +425,48 @@ def read_log(folder):
     return [x for x in lines if "loss" in x], [x for x in lines if "accuracy" in x]
 
 
-def test_torchrun_with_two_processes_repeats_one_process(tmp_path):
-    """Prompts, draws, masks, counts: the whole command, 5 rollouts dealt 2 and 3."""
+@pytest.mark.parametrize("method", ["release", "lgr", "lgr_topk", "release+lgr"])
+def test_torchrun_with_two_processes_repeats_one_process(method, tmp_path):
+    """Prompts, draws, masks, rewards, counts: the whole command, 5 rollouts dealt 2 and 3."""
     python = [sys.executable, ROOT / "train.py"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                 "--nproc_per_node", "2", ROOT / "train.py"]
     for name, command in (("one", python), ("two", torchrun)):
-        run_command(*command, *TOY, *SHORT, "--out", name, cwd=tmp_path)
+        world = ["--toy", "fork", "--difficulty", "4"] if "lgr" in method else TOY
+        run_command(*command, *world, *SHORT, "--method", method, "--out", name, cwd=tmp_path)
     (one, one_eval), (two, two_eval) = (read_log(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):
         assert a["kept_tokens"] == b["kept_tokens"] and a["fired"] == b["fired"]
-        for key in ("loss", "reverse_kl", "entropy", "grad_norm", "response_tokens", "kept"):
+        keys = "loss reverse_kl entropy grad_norm response_tokens kept repeated_4grams".split()
+        if "lgr" in method:
+            keys += ["triggered", "group_std", "bonus", "outside_group"]
+            assert a["triggered"] > 0 and a["group_std"] > 0 and a["seconds"]["lookahead"] > 0
+        assert torch.allclose(torch.tensor(a["fidelity"]), torch.tensor(b["fidelity"]), atol=1e-4)
+        for key in keys:
             assert math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-5), key
     for a, b in zip(one_eval, two_eval, strict=True):
         assert a["accuracy"] == b["accuracy"] and a["problems"] == b["problems"] == 4
+        assert a.get("uncertain_wording") == b.get("uncertain_wording")
+        assert ("uncertain_wording" in a) == ("lgr" in method)  # the fork world has it
+
+
+def test_lookahead_lifts_the_fork_and_sinks_its_mirror(tmp_path):
+    """Ten steps, whole commands.  Nothing local tells the two wordings apart, so plain OPD keeps
+    both; LGR takes the one after which the teacher is sure: right in one world, wrong in the
+    other.  (Seeds, intervals and 30 steps: README.)"""
+    last = {}
+    for world in ("fork", "fork-mirror"):
+        for method in ("opd", "lgr"):
+            out = tmp_path / f"{world}-{method}"
+            run_command(sys.executable, ROOT / "train.py", "--toy", world, "--method", method,
+                        "--steps", "10", "--out", out, cwd=tmp_path)
+            last[world, method] = read_log(out)[1][-1]
+    for world in ("fork", "fork-mirror"):
+        assert last[world, "opd"]["uncertain_wording"] > 0.4
+        assert last[world, "lgr"]["uncertain_wording"] < 0.35
+    assert last["fork", "lgr"]["accuracy"] > last["fork", "opd"]["accuracy"] + 0.1
+    assert last["fork-mirror", "lgr"]["accuracy"] < last["fork-mirror", "opd"]["accuracy"] - 0.03
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -387,6 +538,16 @@ def folders(tmp_path_factory):
         ("--margin-top-k 260", "--margin-top-k 260 exceeds the vocabulary of 259"),
         ("--margin-top-k 1", "--margin-top-k: must be at least 2, not 1"),
         ("--max-new-tokens 600", "600"),
+        ("--method lgr --lgr-top-k 260", "--lgr-top-k 260 exceeds the vocabulary of 259"),
+        ("--lgr-top-k 1", "--lgr-top-k: must be at least 2, not 1"),
+        ("--method lgr_topk --union-top-k 260", "--union-top-k 260 exceeds the vocabulary of 259"),
+        ("--lgr-signal loudness", "loudness"),
+        ("--lgr-normalize max", "max"),
+        ("--lgr-gamma -1", "--lgr-gamma"),
+        ("--lgr-eps nan", "--lgr-eps"),
+        ("--lgr-nodes 0", "--lgr-nodes: must be at least 1, not 0"),
+        ("--lookahead maybe", "maybe"),
+        ("--objective ppo", "ppo"),
         ("--student short --max-new-tokens 35", "good.jsonl:1"),
         ("--out full", "full"),
         ("--out good.jsonl", "good.jsonl"),
@@ -467,3 +628,39 @@ def test_a_head_that_is_no_plain_matrix_is_refused():
     model.get_output_embeddings = lambda: head
     with pytest.raises(ValueError, match="--student Qwen3ForCausalLM: its logits"):
         train.check_head("--student", model, [1, 2, 3])
+
+
+def test_repeated_ngrams_equal_a_set_of_tuples():
+    generator = torch.Generator().manual_seed(0)
+    for length, vocabulary in ((0, 5), (3, 5), (4, 5), (50, 2), (200, 3), (40, 150_000)):
+        ids_T = torch.randint(vocabulary, (length,), generator=generator)
+        grams = list(zip(*(ids_T.tolist()[i:] for i in range(4)), strict=False))
+        assert train.repeated_ngrams(ids_T) == (len(grams) - len(set(grams)), len(grams))
+    assert train.repeated_ngrams(torch.full((20,), 151_935)) == (16, 17)
+
+
+def test_quarters_are_even_and_ordered():
+    mask_BT = torch.zeros(6, 12, dtype=torch.bool)
+    for row, length in enumerate((1, 2, 3, 4, 7, 10)):
+        mask_BT[row, 2 : 2 + length] = True
+    quarter_BT = train.quarters(mask_BT)
+    for row, length in enumerate((1, 2, 3, 4, 7, 10)):
+        inside = quarter_BT[row, 2 : 2 + length].tolist()
+        assert inside == [4 * i // length for i in range(length)] == sorted(inside)
+    assert (quarter_BT[~mask_BT] == 4).all()
+
+
+def test_lookahead_refuses_a_teacher_with_a_short_sliding_window(folders, tmp_path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    shutil.copytree(folders / "model", tmp_path / "teacher")
+    config = MistralConfig(vocab_size=259, hidden_size=32, intermediate_size=48, sliding_window=16,
+                           num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    command = [sys.executable, ROOT / "train.py", "--student", folders / "model", "--teacher",
+               tmp_path / "teacher", "--problems", folders / "good.jsonl", "--max-new-tokens", "20",
+               "--steps", "1", "--prompts-per-step", "1"]
+    done = run_command(*command, "--method", "lgr", cwd=tmp_path, fails=True)
+    assert done.returncode == 2 and "sliding window of 16" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+    run_command(*command, "--method", "opd", cwd=tmp_path)  # its own forward pass is no problem
