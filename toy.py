@@ -339,7 +339,7 @@ def fork_stages(wordings, student=False):
     """Supervised training on problems of up to 6 moves in two wordings; the student's ends with
     wrong moves, as in STUDENT."""
     noise, slips = {"wordings": wordings}, {"wrong_result": 0.04, "wrong_operation": 0.03}
-    stages = (Stage(1300, 5e-3, curriculum=True, moves=6, noise=noise),)
+    stages = (Stage(1800, 5e-3, curriculum=True, second_task=0.15, moves=6, noise=noise),)
     return stages + (Stage(200, 2e-3, second_task=0.15, moves=6, noise=noise | slips),) * student
 
 

@@ -1,0 +1,257 @@
+r"""What one step of lookahead costs: tree attention against three other ways of getting the same.
+
+    python benchmarks/lgr.py                                       CPU, a small model, L up to 2048
+    python benchmarks/lgr.py --device cuda --dtype bfloat16 --shape qwen3-1.7b --lengths 16384
+
+One rollout of L tokens under a random Qwen3, 10% of its positions triggered, K = 8 candidates of
+which one is nearly always the sampled token, as on real rollouts.  Timed, interleaved in one
+process, CPU time of one thread (or GPU time), best of `--repeats`:
+
+  opd         what plain OPD scoring does: a teacher pass and its statistics through the head
+  lgr         the same pass kept as the trunk, its statistics, then the leaves and their rewards:
+              what `train.py --method lgr` does
+  naive       one forward pass per candidate over its whole prefix, head at the last position only
+  reprefill   the scheme of the paper's cost model: the candidates go in 8 slices, each one pass
+              over trunk and leaves under a tree mask, nothing kept between slices, every
+              candidate a leaf (the authors' code spends two nodes on each)
+  plain       one causal pass, with statistics, over as many tokens as trunk and leaves have: the
+              limit by FLOPs, were leaves as cheap as trunk tokens
+
+naive is timed once per candidate for `--naive` lengths only (minutes), in portions between runs of
+lgr.  Before anything is timed, the tree's confidences are compared with those of naive and
+reprefill on some positions.  FLOPs are those of matrix products and attention, counted by formula:
+a causal pass attends to half of its square, a leaf to the columns of its slice's mask.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import lgr  # noqa: E402
+import logprobs  # noqa: E402
+
+SHAPES = {  # layers, hidden, query heads, key heads, head width, feed-forward, vocabulary
+    "small": (4, 256, 4, 2, 64, 768, 4096),
+    "medium": (6, 512, 8, 4, 64, 1536, 8192),
+    "qwen3-1.7b": (28, 2048, 16, 8, 128, 6144, 151936),
+    "qwen3-8b": (36, 4096, 32, 8, 128, 12288, 151936),
+}
+
+
+def build(shape: str, device: str, dtype: torch.dtype, longest: int):
+    """A random Qwen3 of that shape."""
+    layers, hidden, heads, kv_heads, width, ff, vocabulary = SHAPES[shape]
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ff, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width,
+        max_position_embeddings=longest, tie_word_embeddings=hidden < 4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Qwen3ForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+class Work:
+    """One rollout to be scored, and the ways to do it."""
+
+    def __init__(self, model, length: int, K: int, rate: float, nodes: int, slices: int):
+        self.model, self.nodes, self.slices = model, nodes, slices
+        self.weight_VD = model.get_output_embeddings().weight
+        V, device = len(self.weight_VD), model.device
+        generator = torch.Generator().manual_seed(1)
+        self.ids_BT = torch.randint(V, (1, length), generator=generator)
+        self.mask_BT = torch.arange(length)[None] >= min(64, length // 4)  # after the prompt
+        draws_BT = torch.rand(1, length, generator=generator)
+        self.trigger_BT = (draws_BT < rate) & self.mask_BT
+        self.candidates_BTK = torch.randint(V, (1, length, K), generator=generator)
+        holds_BT = torch.rand(1, length, generator=generator) < 0.97  # the sampled token
+        self.candidates_BTK[holds_BT, 0] = self.ids_BT[holds_BT]
+        for name in ("ids_BT", "mask_BT", "trigger_BT", "candidates_BTK"):
+            setattr(self, name, getattr(self, name).to(device))
+        sampled_BTK = self.candidates_BTK == self.ids_BT[..., None]
+        self.leaves = int((self.trigger_BT[..., None] & ~sampled_BTK).sum())
+        self.more_BT = torch.randint(V, (1, self.leaves), generator=generator).to(device)
+
+    def statistics(self, hidden_BTD, ids_BT):
+        """What scoring reads off the trunk."""
+        return logprobs.token_stats(hidden_BTD, self.weight_VD, ids_BT)
+
+    def opd(self):
+        """Plain scoring."""
+        hidden_BTD = self.model.base_model(input_ids=self.ids_BT, use_cache=False)[0]
+        self.statistics(hidden_BTD, self.ids_BT)
+
+    def lgr(self):
+        """Scoring with lookahead; returns the confidences."""
+        trunk = self.model.base_model(input_ids=self.ids_BT, use_cache=True)
+        self.statistics(trunk[0], self.ids_BT)
+        confidence_BTK = lgr.lookahead_confidence(
+            self.model, self.ids_BT, self.mask_BT, self.trigger_BT, self.candidates_BTK,
+            cache=trunk.past_key_values, hidden_BTD=trunk[0], nodes_per_slice=self.nodes,
+        )  # fmt: skip
+        lgr.sampled_reward(lgr.group_reward(confidence_BTK), self.candidates_BTK, self.ids_BT)
+        return confidence_BTK
+
+    def plain(self):
+        """A causal pass over as many tokens as trunk and leaves."""
+        ids_BT = torch.cat([self.ids_BT, self.more_BT], dim=1)
+        self.statistics(self.model.base_model(input_ids=ids_BT, use_cache=False)[0], ids_BT)
+
+    def confidence(self, hidden_ND):
+        """Maximum probability, for the two baselines below."""
+        out = []
+        for start in range(0, len(hidden_ND), 1024):
+            logits_CV = (hidden_ND[start : start + 1024] @ self.weight_VD.T).float()
+            out.append(logits_CV.softmax(dim=-1).amax(dim=-1))
+        return torch.cat(out)
+
+    def naive(self, positions: list[int]):
+        """Confidences [n, K] at some positions, a pass per candidate."""
+        rows = []
+        for t in positions:
+            for token in self.candidates_BTK[0, t]:
+                path_BT = torch.cat([self.ids_BT[:, :t], token.reshape(1, 1)], dim=1)
+                hidden_BTD = self.model.base_model(input_ids=path_BT, use_cache=False)[0]
+                rows.append(self.confidence(hidden_BTD[0, -1:]))
+        return torch.cat(rows).reshape(len(positions), -1)
+
+    def reprefill(self):
+        """Confidences [n, K] at all triggered positions, a whole tree per slice."""
+        self.opd()
+        column_N = self.trigger_BT[0].nonzero()[:, 0]
+        T, K, device = self.ids_BT.shape[1], self.candidates_BTK.shape[2], self.ids_BT.device
+        out = []
+        for part_N in column_N.tensor_split(self.slices):
+            position_Q = part_N.repeat_interleave(K)
+            leaf_Q = self.candidates_BTK[0, part_N].flatten()
+            place_L = torch.arange(T + len(leaf_Q), device=device)
+            allowed_LL = place_L <= place_L[:, None]
+            allowed_LL[T:] = place_L < position_Q[:, None]
+            allowed_LL[T:, T:] = torch.eye(len(leaf_Q), dtype=torch.bool, device=device)
+            hidden_BTD = self.model.base_model(
+                input_ids=torch.cat([self.ids_BT[0], leaf_Q])[None],
+                attention_mask=allowed_LL[None, None],
+                position_ids=torch.cat([place_L[:T], position_Q])[None],
+                use_cache=False,
+            )[0]
+            out.append(self.confidence(hidden_BTD[0, T:]))
+        return torch.cat(out).reshape(len(column_N), K)
+
+    def check(self) -> float:
+        """Largest difference of the three on the same positions."""
+        column_N = self.trigger_BT[0].nonzero()[:, 0]
+        tree_NK = self.lgr()[0, column_N]
+        some = range(0, len(column_N), max(1, len(column_N) // 4))
+        naive_NK = self.naive(column_N[list(some)].tolist())
+        differences = [tree_NK - self.reprefill(), tree_NK[list(some)] - naive_NK]
+        return max(float(d.abs().max()) for d in differences)
+
+    def flops(self) -> tuple[float, float]:
+        """(plain scoring, leaves) by formula."""
+        config, T = self.model.config, self.ids_BT.shape[1]
+        D, width = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        projections = D * width * (2 * heads + 2 * kv_heads) + 3 * D * config.intermediate_size
+        per_token = 2 * (config.num_hidden_layers * projections + len(self.weight_VD) * D)
+        per_column = 4 * config.num_hidden_layers * heads * width  # scores and weighted sum
+        sampled_BTK = self.candidates_BTK == self.ids_BT[..., None]
+        leaf_BTK = self.trigger_BT[..., None] & ~sampled_BTK
+        columns = 0
+        for _, column_N, _ in lgr._slices(leaf_BTK, self.nodes, max(64, T // 8)):
+            columns += len(column_N) * (int(column_N.max()) + len(column_N))
+        trunk = T * per_token + per_column * T * (T + 1) / 2
+        return trunk, self.leaves * per_token + per_column * columns
+
+
+def clock(device: str) -> float:
+    """Seconds: of this process on a CPU, of the world on a GPU that has finished."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def measure(work: Work, naive: bool, repeats: int, device: str) -> dict[str, float]:
+    """Best seconds of each way, interleaved; naive whole, in portions between the others."""
+    ways = {"opd": work.opd, "lgr": work.lgr, "reprefill": work.reprefill, "plain": work.plain}
+    best, spent = dict.fromkeys(ways, float("inf")), 0.0
+    positions = work.trigger_BT[0].nonzero()[:, 0]
+    for portion in tqdm(positions.tensor_split(repeats), leave=False, unit="round"):
+        for name, way in ways.items():
+            start = clock(device)
+            way()
+            best[name] = min(best[name], clock(device) - start)
+        if naive:
+            start = clock(device)
+            work.naive(portion.tolist())
+            spent += clock(device) - start
+    return best | ({"naive": spent} if naive else {})
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print the table, then as JSON the row of the last length and K, at rate 0.1 if there is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--shape", choices=list(SHAPES), default="small")
+    add("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tokens")
+    add("--naive", type=int, nargs="*", help="lengths to time naive at (default: the last)")
+    add("--candidates", type=int, nargs="+", default=[4, 8], help="K")
+    add("--rates", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="triggered share")
+    add("--nodes", type=int, default=4096, help="candidates per pass, as train.py --lgr-nodes")
+    add("--slices", type=int, default=8, help="of reprefill")
+    add("--repeats", type=int, default=5)
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--dtype", default="float32", choices=["float32", "bfloat16"])
+    add("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    naive_at = args.lengths[-1:] if args.naive is None else args.naive
+    model = build(args.shape, args.device, getattr(torch, args.dtype), 4 * max(args.lengths))
+    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{args.shape}, {args.dtype}, {where}, {args.threads} thread(s), {versions}")
+    head = "L K rate leaves opd_s lgr_s over_opd flops_over_opd over_flop_limit vs_reprefill"
+    head = [*head.split(), "vs_naive"]
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", flush=True)
+    best_rate = 0.1 if 0.1 in args.rates else args.rates[0]
+    headline = {}
+    for length in args.lengths:
+        for K in args.candidates:
+            for rate in args.rates:
+                work = Work(model, length, K, rate, args.nodes, args.slices)
+                error = work.check()
+                if not error < (1e-4 if args.dtype == "float32" else 0.05):
+                    sys.exit(f"L={length} K={K} rate={rate}: confidences differ by {error}")
+                last = (K, rate) == (args.candidates[-1], best_rate)
+                s = measure(work, last and length in naive_at, args.repeats, args.device)
+                trunk, leaves = work.flops()
+                row = {
+                    "over_opd": s["lgr"] / s["opd"],
+                    "flops_over_opd": 1 + leaves / trunk,
+                    "over_flop_limit": s["lgr"] / s["plain"],
+                    "vs_reprefill": s["reprefill"] / s["lgr"],
+                    "vs_naive": s["naive"] / s["lgr"] if "naive" in s else None,
+                }
+                shown = ["-" if value is None else f"{value:.2f}" for value in row.values()]
+                first = [f"{length}", f"{K}", f"{rate:g}", f"{work.leaves}"]
+                first += [f"{s['opd']:.3f}", f"{s['lgr']:.3f}"]
+                print("| " + " | ".join(first + shown) + " |", flush=True)
+                headline = row if last else headline
+    keys = ("vs_naive", "vs_reprefill", "over_opd", "flops_over_opd", "over_flop_limit")
+    print(json.dumps({key: headline[key] and round(headline[key], 3) for key in keys}))
+
+
+if __name__ == "__main__":
+    main()
