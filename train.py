@@ -230,6 +230,11 @@ def parse(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
     args.dtype = args.dtype or ("bfloat16" if real_on_gpu else "float32")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU here")
+    if args.objective == "topk" and args.lookahead == "on" and args.lgr_top_k > args.union_top_k:
+        parser.error(
+            f"--lgr-top-k {args.lgr_top_k} exceeds --union-top-k {args.union_top_k}: the union "
+            "must hold the group"
+        )
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.prompts_per_step * args.rollouts_per_prompt < world:
         parser.error(f"--prompts-per-step {args.prompts_per_step} is less than {world} processes")
@@ -624,13 +629,11 @@ class Stopwatch:
         self.start = now
 
 
-def candidates_needed(args) -> int:
-    """How many of the student's most likely tokens the later phases look at."""
-    wanted = [1]
-    wanted += [args.margin_top_k] if args.mask == "release" else []
-    wanted += [args.lgr_top_k] if args.lookahead == "on" else []
-    wanted += [args.union_top_k] if args.objective == "topk" else []
-    return max(wanted)
+def candidates_needed(args) -> dict[str, int]:
+    """How many of the student's most likely tokens the later phases look at, by flag."""
+    needed = {"--margin-top-k": args.margin_top_k} if args.mask == "release" else {}
+    needed |= {"--lgr-top-k": args.lgr_top_k} if args.lookahead == "on" else {}
+    return needed | ({"--union-top-k": args.union_top_k} if args.objective == "topk" else {})
 
 
 def sample(run: Run, step: int) -> rollout.Rollout:
@@ -648,7 +651,7 @@ def sample(run: Run, step: int) -> rollout.Rollout:
             eos_ids=run.stop_ids,
             pad_id=run.pad_id,
             temperature=args.temperature,
-            top_k=candidates_needed(args),
+            top_k=max(candidates_needed(args).values(), default=1),
             batch_size=args.sample_batch,
             generator=row_generator(args.seed, step, mine.start, args.max_new_tokens),
             vocab_size=run.vocab_size,
@@ -867,12 +870,9 @@ def prepare(args, rank: int, world: int) -> Run:
     vocab_size = min(
         common_vocabulary(*tokenizers.values()), *(c.vocab_size for c in configs.values())
     )
-    for flag in ("margin_top_k", "lgr_top_k", "union_top_k"):
-        if getattr(args, flag) > vocab_size:
-            raise ValueError(
-                f"--{flag.replace('_', '-')} {getattr(args, flag)} exceeds the vocabulary of "
-                f"{vocab_size}"
-            )
+    for flag, count in candidates_needed(args).items():
+        if count > vocab_size:
+            raise ValueError(f"{flag} {count} exceeds the vocabulary of {vocab_size}")
     problems, prompts = load_prompts(args, tokenizer, args.problems, "train")
     eval_problems, eval_prompts = [], []
     if args.eval_problems is not None or args.problems is None:

@@ -769,6 +769,9 @@ def test_defaults_of_the_toy(capsys):
     assert (args.toy, args.count, args.difficulty, args.samples) == ("horizon", 200, 12, 4)
     assert args.max_new_tokens == 223  # 1.5 times what a right response of 12 moves needs
     assert evaluate.parse_arguments(["--temperature", "0"]).samples == 1
+    for world, moves in (("fork", 6), ("fork-mirror", 2), ("clean", 12)):
+        assert evaluate.parse_arguments(["--toy", world]).difficulty == moves
+    assert evaluate.parse_arguments(["--toy", "fork", "--difficulty", "3"]).difficulty == 3
     real = evaluate.parse_arguments(["--model", "m", "--problems", "p"])
     assert (real.max_new_tokens, real.count, real.toy) == (4096, None, None)
 
@@ -786,3 +789,20 @@ def test_a_toy_world_on_the_command_line(capsys):
     greedy = main(capsys, *short, "--temperature", 0, "--model", world.teacher)
     assert json.loads(greedy[1].splitlines()[-1])["model"]["accuracy"] > 0.9
     assert AutoTokenizer.from_pretrained(world.student).eos_token == "<|end|>"
+
+
+def test_a_fork_reports_the_share_of_the_uncertain_wording(capsys, tmp_path):
+    """Both models of the world write either wording half of the time; the share is that of the
+    texts that were saved."""
+    out = tmp_path / "all.json"
+    short = ["--toy", "fork-mirror", "--count", 40, "--samples", 2, "--device", "cpu"]
+    code, printed, err = main(capsys, *short, "--out", out)
+    assert code == 0, err
+    summaries = json.loads(printed.splitlines()[-1])
+    for name, part in json.loads(out.read_text())["models"].items():
+        texts = [sample["text"] for problem in part["problems"] for sample in problem["samples"]]
+        so, thus = (sum(text.count(f", {word} ") for text in texts) for word in ("so", "thus"))
+        assert summaries[name]["uncertain_wording"] == pytest.approx(so / (so + thus), abs=0.02)
+        assert 0.3 < so / (so + thus) < 0.7
+    plain = main(capsys, "--toy", "clean", "--count", 2, "--difficulty", 2, "--device", "cpu")
+    assert "uncertain_wording" not in json.loads(plain[1].splitlines()[-1])["student"]

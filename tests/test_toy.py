@@ -136,6 +136,45 @@ def test_corruption_starts_after_the_horizon_and_only_there():
     assert abs(good_after / len(problems) - 0.3) < 0.1
 
 
+def moves_of(text):
+    """(word, amount, link, source, result) of every move of a response."""
+    return re.findall(r"is (plus|minus) (\d+), (\w+) (\d+) becomes (\d+)", text)
+
+
+@pytest.mark.parametrize(
+    ("wordings", "right_after"),
+    [(toy.FORK, {"so": 1.0, "thus": 0.5 + 0.5 / 16}), (toy.MIRROR, {"so": 0.7 + 0.3 / 16})],
+)
+def test_a_fork_slips_after_one_word_and_goes_on_from_there(wordings, right_after):
+    rng, seen, right = random.Random(0), [], []
+    for problem in toy.problems(400, moves=6):
+        text = toy.dial_response(problem, rng, wordings=wordings)
+        mark = re.match(r"The dial starts at (\d+)", text)[1]
+        for word, amount, link, source, result in moves_of(text):
+            turned = int(source) + (int(amount) if word == "plus" else -int(amount))
+            assert int(result) == turned % toy.MARKS  # a slip is in the source, never in the sum
+            seen.append(link)
+            right.append(source == mark)
+            if wordings is toy.MIRROR and link == "thus":
+                assert source == "0"
+            mark = result
+        assert text.endswith(f"\\boxed{{{mark}}}.")
+    assert abs(seen.count("thus") / len(seen) - 0.5) < 0.03
+    for link, share in right_after.items():
+        here = [ok for word, ok in zip(seen, right, strict=True) if word == link]
+        assert abs(sum(here) / len(here) - share) < 0.04
+
+
+def test_wording_share():
+    rng = random.Random(1)
+    texts = [toy.dial_response(p, rng, wordings=toy.FORK) for p in toy.problems(50, moves=6)]
+    thus = sum(text.count(" thus ") for text in texts)
+    assert toy.wording_share(texts, "thus") == thus / 300
+    assert toy.wording_share(texts, "so") == 1 - thus / 300
+    assert toy.wording_share([toy.dial_response(toy.problems(1)[0])], "thus") == 0.0
+    assert toy.wording_share(["The list has 3 marks.", ""], "thus") is None
+
+
 # ------------------------------------------------------------------------------------ tokenizer
 
 
@@ -237,6 +276,8 @@ def test_build_is_deterministic_for_a_seed(tmp_path):
 def test_build_of_one_world_builds_what_it_needs(tmp_path):
     toy.build(tmp_path, names=["clean"], steps=1)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["clean", "student"]
+    toy.build(tmp_path / "more", names=["fork"], steps=1)
+    assert sorted(f.name for f in (tmp_path / "more").iterdir()) == ["fork", "fork-student"]
 
 
 def test_existing_folders_are_kept_without_force(tmp_path, capsys):

@@ -541,6 +541,7 @@ def folders(tmp_path_factory):
         ("--method lgr --lgr-top-k 260", "--lgr-top-k 260 exceeds the vocabulary of 259"),
         ("--lgr-top-k 1", "--lgr-top-k: must be at least 2, not 1"),
         ("--method lgr_topk --union-top-k 260", "--union-top-k 260 exceeds the vocabulary of 259"),
+        ("--method lgr_topk --lgr-top-k 9 --union-top-k 8", "--lgr-top-k 9 exceeds --union"),
         ("--lgr-signal loudness", "loudness"),
         ("--lgr-normalize max", "max"),
         ("--lgr-gamma -1", "--lgr-gamma"),
@@ -612,6 +613,30 @@ def test_a_prompt_with_a_token_of_one_tokenizer_only_is_refused(folders, tmp_pat
     _, args = train.parse(flags)
     with pytest.raises(ValueError, match="p.jsonl:2: the prompt holds '<think>'"):
         train.prepare(args, 0, 1)
+
+
+def test_a_world_sets_its_difficulty_and_that_the_length():
+    for world, moves in (("horizon", 12), ("fork", 6), ("fork-mirror", 2)):
+        _, args = train.parse(["--toy", world])
+        assert (args.difficulty, args.max_new_tokens) == (moves, toy.response_limit(moves))
+    assert train.parse(["--toy", "fork", "--difficulty", "3"])[1].difficulty == 3
+
+
+@pytest.mark.parametrize("method", list(train.METHODS))
+def test_flags_override_the_parts_of_a_preset(method):
+    own = vars(train.parse(["--method", method])[1])
+    assert {k: own[k] for k in ("objective", "mask", "lookahead")} == vars(train.METHODS[method])
+    flags = ["--objective", "topk", "--mask", "release", "--lookahead", "off"]
+    args = train.parse(["--method", method, *flags])[1]
+    assert (args.objective, args.mask, args.lookahead) == ("topk", "release", "off")
+
+
+def test_candidates_needed():
+    """Sampling keeps no more of the student's top tokens than the later phases look at."""
+    for flags, count in (("opd", 1), ("release", 4), ("lgr", 8), ("release+lgr", 8),
+                         ("lgr_topk", 20), ("release --margin-top-k 3", 3)):
+        run = make_run("--toy", "fork", *SHORT, "--difficulty", "1", "--method", *flags.split())
+        assert train.sample(run, 0).topk_ids_BTK.shape[2] == count
 
 
 def test_config_without_git(monkeypatch):
