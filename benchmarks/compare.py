@@ -59,7 +59,6 @@ def run(
         "kept": statistics.mean(line["kept"] for line in training),
         "fired": statistics.mean(line["fired"] for line in training),
         "bic_gain_over_6": statistics.mean(line["bic_gain_over_6"] for line in training),
-        "triggered": statistics.mean(line.get("triggered", 0.0) for line in training),
         "seconds_per_step": statistics.mean(line["seconds"]["total"] for line in training),
         "seconds": sum(x["seconds"].get("total", x["seconds"].get("evaluate")) for x in lines),
         "commit": config["commit"],
@@ -81,15 +80,17 @@ def table(results: list[dict]) -> str:
         groups.setdefault((result["world"], result["method"]), []).append(result)
     steps = list(results[0]["accuracy"])
     shares = {"fired": "fired", "gain > 6": "bic_gain_over_6", "kept": "kept"}
-    if all(result["uncertain_wording"] is not None for result in results):
-        names = ("uncertain_wording", "triggered", "repeated_4grams")
-        shares = {name.replace("_", " "): name for name in names}
+    if all(result["world"].startswith("fork") for result in results):
+        shares = {"uncertain wording": "uncertain_wording", "repeated 4-grams": "repeated_4grams"}
     head = ["world", "method", *(f"step {s}" for s in steps), "each seed at the end", *shares]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for (world, method), group in groups.items():
         curve = [mean_and_error([r["accuracy"][s][0] for r in group]) for s in steps]
         last = ", ".join(f"{r['accuracy'][steps[-1]][0]:.3f}" for r in group)
-        seen = [f"{statistics.mean(r[key] for r in group):.2f}" for key in shares.values()]
+        seen = []
+        for key in shares.values():  # a model that writes no move at all has no wording
+            known = [r[key] for r in group if r[key] is not None]
+            seen.append(f"{statistics.mean(known):.2f}" if known else "-")
         rows.append("| " + " | ".join([world, method, *curve, last, *seen]) + " |")
     return "\n".join(rows)
 

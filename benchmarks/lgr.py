@@ -3,7 +3,7 @@ r"""What one step of lookahead costs: tree attention against three other ways of
     python benchmarks/lgr.py                                       CPU, a small model, L up to 2048
     python benchmarks/lgr.py --device cuda --dtype bfloat16 --shape qwen3-1.7b --lengths 16384
 
-One rollout of L tokens under a random Qwen3, 10% of its positions triggered, K = 8 candidates of
+One rollout of L tokens under a random Qwen3, a share of its response triggered, K candidates of
 which one is nearly always the sampled token, as on real rollouts.  Timed, interleaved in one
 process, CPU time of one thread (or GPU time), best of `--repeats`:
 
@@ -72,8 +72,10 @@ class Work:
         generator = torch.Generator().manual_seed(1)
         self.ids_BT = torch.randint(V, (1, length), generator=generator)
         self.mask_BT = torch.arange(length)[None] >= min(64, length // 4)  # after the prompt
-        draws_BT = torch.rand(1, length, generator=generator)
-        self.trigger_BT = (draws_BT < rate) & self.mask_BT
+        response_N = self.mask_BT[0].nonzero()[:, 0]
+        chosen_N = torch.randperm(len(response_N), generator=generator)
+        chosen_N = response_N[chosen_N[: round(rate * len(response_N))]]
+        self.trigger_BT = torch.zeros_like(self.mask_BT).index_fill_(1, chosen_N, True)
         self.candidates_BTK = torch.randint(V, (1, length, K), generator=generator)
         holds_BT = torch.rand(1, length, generator=generator) < 0.97  # the sampled token
         self.candidates_BTK[holds_BT, 0] = self.ids_BT[holds_BT]
