@@ -49,6 +49,37 @@ def test_value_and_gradient_equal_full_logits(temperature, vocab_size, chunk):
         assert torch.allclose(mine, reference, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("vocab_size", [None, 15])
+@pytest.mark.parametrize("chunk", [1, 5, 1024])
+def test_candidates_value_and_gradient_equal_full_logits(temperature, vocab_size, chunk):
+    """Several log-probs per position, some of the same token, each with a gradient of its own."""
+    hidden, weight, ids, mask, candidates = case()
+    ids, candidates = ids % (vocab_size or V), candidates % (vocab_size or V)
+    candidates[..., 2] = candidates[..., 1]
+    candidates[~mask] = -7  # not looked at
+    upstream = torch.randn(B, T, K, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for ours in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if ours:
+            logp = logprobs.token_logprobs(
+                h, w, ids, candidates_BTK=candidates, mask_BT=mask, vocab_size=vocab_size,
+                temperature=temperature, chunk=chunk,
+            )
+        else:
+            full = naive(h, w, vocab_size, temperature)
+            there = full.gather(2, candidates[:, 1:].clamp(min=0)) * mask[:, 1:, None]
+            logp = torch.cat([there.new_zeros(B, 1, K), there], dim=1)
+        (logp * upstream).sum().backward()
+        results.append((logp.detach(), h.grad, w.grad))
+    assert results[0][0].shape == (B, T, K)
+    for mine, reference in zip(*results, strict=True):
+        assert torch.allclose(mine, reference, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="candidates_BTK holds ids outside the vocabulary"):
+        logprobs.token_logprobs(hidden, weight, ids, candidates_BTK=candidates)
+
+
 def test_gradcheck():
     hidden, weight, ids, mask, _ = case()
     assert torch.autograd.gradcheck(

@@ -212,6 +212,91 @@ def test_lookahead_happens_where_the_student_hesitates_and_supervision_is_kept(m
     assert seen >= 3
 
 
+def spy(monkeypatch, module, name):
+    """Let every call through, and keep (arguments by name, result)."""
+    original, calls = getattr(module, name), []
+
+    def wrapped(*args, **named):
+        result = original(*args, **named)
+        calls.append((named, result))
+        return result
+
+    monkeypatch.setattr(module, name, wrapped)
+    return calls
+
+
+def test_lookahead_flags_and_the_trunk_reach_their_place(monkeypatch):
+    """The leaves are scored off the pass that scored the rollout: one trunk per micro-batch."""
+    looked = spy(monkeypatch, lgr, "lookahead_confidence")
+    rewarded = spy(monkeypatch, lgr, "group_reward")
+    run = make_run("--toy", "fork", *SHORT, "--method", "lgr", "--micro-batch", "2",
+                   "--lgr-signal", "entropy", "--lgr-nodes", "30", "--lgr-normalize", "mean",
+                   "--lgr-eps", "0.5")
+    looked.clear()
+    run.vocab_size = 150
+    batch = train.sample(run, 0)
+    trunks, leaves = [], []
+
+    def note(module, args, named):
+        (leaves if "past_key_values" in named else trunks).append(named)
+
+    hook = run.teacher.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    grade(run, batch)
+    hook.remove()
+    assert len(trunks) == len(looked) == len(rewarded) == 3
+    assert leaves and max(named["input_ids"].numel() for named in leaves) <= 30
+    for named, _ in looked:
+        assert (named["signal"], named["vocab_size"]) == ("entropy", 150)
+    for named, _ in rewarded:
+        assert named == {"normalize": "mean", "eps": 0.5}
+
+
+def test_what_a_step_logs_about_lookahead(monkeypatch):
+    """Recomputed from the tensors of the step, token by token."""
+    batches, graded = spy(monkeypatch, train, "sample"), spy(monkeypatch, train, "grade")
+    run = make_run("--toy", "fork", "--prompts-per-step", "24", "--method", "lgr",
+                   "--lgr-gamma", "0.5", "--lgr-top-k", "3")
+    line = train.train_step(run, 0)
+    batch, ahead = batches[0][1], graded[0][1].ahead
+    fidelity, triggered, outside, bonus, spread = [[], [], [], []], 0, 0, [], []
+    for row, mask_T in enumerate(batch.response_mask_BT):
+        here = mask_T.nonzero()[:, 0].tolist()
+        with torch.no_grad():
+            used = batch.ids_BT[row : row + 1, : here[-1] + 1]
+            best_T = run.teacher(used).logits[0].softmax(-1).amax(-1)
+        for place, t in enumerate(here):
+            fidelity[4 * place // len(here)].append(best_T[t - 1].item())
+            if batch.entropy_BT[row, t] > 0.2:
+                triggered += 1
+                outside += int(batch.ids_BT[row, t]) not in batch.topk_ids_BTK[row, t].tolist()
+                bonus.append(0.5 * ahead.reward_BT[row, t].item())
+                spread.append(ahead.spread_BT[row, t].item())
+    assert outside > 0 and line["outside_group"] == outside / triggered
+    assert line["triggered"] == triggered / int(batch.response_mask_BT.sum())
+    assert math.isclose(line["bonus"], sum(bonus) / triggered, rel_tol=1e-4)
+    assert math.isclose(line["group_std"], sum(spread) / triggered, rel_tol=1e-4)
+    means = torch.tensor([sum(quarter) / len(quarter) for quarter in fidelity])
+    assert torch.allclose(torch.tensor(line["fidelity"]), means, atol=1e-5)
+    assert (means[0] - means[1]).abs() > 1e-3, "the quarters must differ for this to be a test"
+
+
+def test_a_teacher_that_fails_the_self_check_is_refused(monkeypatch):
+    def fail(model):
+        raise ValueError("differs")
+
+    monkeypatch.setattr(lgr, "self_check", fail)
+    make_run(*TOY, *SHORT, "--method", "release")
+    with pytest.raises(ValueError, match="differs"):
+        make_run(*TOY, *SHORT, "--method", "lgr")
+
+
+def test_the_wording_is_reported_for_the_worlds_own_problems_only():
+    run = make_run("--toy", "fork", *SHORT)
+    assert 0 < train.evaluate_student(run, 0)["uncertain_wording"] < 1
+    run.args.eval_problems = "mine.jsonl"
+    assert "uncertain_wording" not in train.evaluate_student(run, 0)
+
+
 def test_the_bonus_reaches_the_advantage_once_and_the_clip_does_not_touch_it():
     """With gamma 0 a step of lgr is a step of opd; the loss is linear in gamma."""
     losses = {}
