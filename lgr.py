@@ -170,14 +170,19 @@ class _Tree:
         return 0
 
 
-def _score_slice(model, trunk, row_R, ids_RQ, position_RQ) -> torch.Tensor:
-    """One forward pass over leaves; returns their hidden states [R, Q, D].
+def _score_slice(model, trunk, row_N, position_N, token_N) -> torch.Tensor:
+    """One forward pass over leaves, sorted by row; returns their hidden states [N, D].
 
     Position id t, attention to the trunk's columns before t and to itself.  The mask reaches as
     far as the last trunk column that any leaf of the slice sees.
     """
-    (R, Q), device = ids_RQ.shape, ids_RQ.device
-    reach = int(position_RQ.max())
+    row_R, own_N = row_N.unique(return_inverse=True)  # rows with leaves in this slice
+    place_N = torch.arange(len(row_N), device=row_N.device) - torch.searchsorted(own_N, own_N)
+    R, Q, device = len(row_R), int(place_N.max()) + 1, row_N.device
+    ids_RQ, position_RQ = token_N.new_zeros(R, Q), token_N.new_zeros(R, Q)  # rows filled up with 0
+    ids_RQ[own_N, place_N], position_RQ[own_N, place_N] = token_N, position_N
+
+    reach = int(position_N.max())
     sees_trunk_RQL = torch.arange(reach, device=device) < position_RQ[..., None]
     sees_leaf_RQQ = torch.eye(Q, dtype=torch.bool, device=device).expand(R, Q, Q)
     mask = torch.cat([sees_trunk_RQL, sees_leaf_RQQ], dim=2)[:, None]
@@ -196,7 +201,7 @@ def _score_slice(model, trunk, row_R, ids_RQ, position_RQ) -> torch.Tensor:
         raise ValueError(
             f"{type(model).__name__} used the trunk's cache in {tree.used} of {len(trunk)} layers"
         )
-    return hidden_RQD
+    return hidden_RQD[own_N, place_N]
 
 
 def _read_signal(hidden_ND, weight_VD, signal, next_N, chunk) -> torch.Tensor:
@@ -291,9 +296,10 @@ def lookahead_confidence(
     if hidden_BTD is not None:  # what the trunk itself predicts after the sampled token
         is_sampled_BTK = leaf_BTK & (candidates_BTK == ids_BT[..., None])
         here_BT = is_sampled_BTK.any(dim=2)
-        value_N = _read_signal(hidden_BTD[here_BT], weight_VD, signal, next_BT[here_BT], chunk)
         value_BT = confidence_BTK.new_zeros(B, T)
-        value_BT[here_BT] = value_N
+        value_BT[here_BT] = _read_signal(
+            hidden_BTD[here_BT], weight_VD, signal, next_BT[here_BT], chunk
+        )
         confidence_BTK = torch.where(is_sampled_BTK, value_BT[..., None], confidence_BTK)
         leaf_BTK = leaf_BTK & ~is_sampled_BTK
 
@@ -301,16 +307,10 @@ def lookahead_confidence(
     # one's: so a slice takes at most an eighth of the trunk's length from a row
     per_row = max(64, T // 8)
     for row_N, column_N, slot_N in _slices(leaf_BTK, nodes_per_slice, per_row):
-        row_R, own_N = row_N.unique(return_inverse=True)  # rows with leaves in this slice
-        place_N = torch.arange(len(row_N), device=row_N.device)
-        place_N = place_N - torch.searchsorted(own_N, own_N)  # 0, 1, .. within its row
-        shape = (len(row_R), int(place_N.max()) + 1)
-        ids_RQ, position_RQ = ids_BT.new_zeros(shape), ids_BT.new_zeros(shape)
-        ids_RQ[own_N, place_N] = candidates_BTK[row_N, column_N, slot_N]
-        position_RQ[own_N, place_N] = column_N
-        hidden_RQD = _score_slice(model, trunk, row_R, ids_RQ, position_RQ)
+        token_N = candidates_BTK[row_N, column_N, slot_N]
+        hidden_ND = _score_slice(model, trunk, row_N, column_N, token_N)
         confidence_BTK[row_N, column_N, slot_N] = _read_signal(
-            hidden_RQD[own_N, place_N], weight_VD, signal, next_BT[row_N, column_N], chunk
+            hidden_ND, weight_VD, signal, next_BT[row_N, column_N], chunk
         )
     return confidence_BTK
 
