@@ -3,8 +3,8 @@
 A teacher grades, token by token, what the student itself wrote.  The step, in six phases:
 
   1 sample     the student writes a response to each prompt                        rollout.py
-  2 score      one teacher pass, the trunk: log-prob of every sampled token and    logprobs.py
-               of the student's top-K candidates
+  2 score      one teacher pass, the trunk: log-prob of every sampled token and    grading.py
+               of the student's top-K candidates                                   logprobs.py
   3 mask       which tokens to supervise: all (`opd`), or those before the         teachability.py
                teacher's margin collapses (`release`, arXiv 2605.13643)            release_rule.py
     look ahead where the student hesitates, the teacher's confidence one step      lgr.py
@@ -51,9 +51,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import evaluate
+import grading
 import lgr
 import logprobs
-import release_rule
 import rollout
 import teachability
 import toy
@@ -241,7 +241,7 @@ def parse(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
     return parser, args
 
 
-# ------------------------------------------------------------------- phases 1 to 3: what to learn
+# --------------------------------------------------------------------- which rows, which numbers
 def my_share(count: int, rank: int, world: int) -> range:
     """The rows of `count` that process `rank` works on: contiguous, sizes differing by at most 1.
 
@@ -272,187 +272,6 @@ def batch_order(count: int, first: int, length: int, seed: int) -> list[int]:
         random.Random(f"{seed} {epoch}").shuffle(epoch_order)
         order += epoch_order
     return order[first % count :][:length]
-
-
-def micro_batches(count: int, size: int) -> list[slice]:
-    """Slices of at most `size` rows."""
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-@dataclass
-class Supervision:
-    """Which tokens to supervise, and what the rule saw.
-
-    keep_BT     bool, response tokens that keep their supervision
-    released_B  bool, true where the rule fired
-    gain_B      BIC0 - BIC1 where it fired, else 0
-    """
-
-    keep_BT: torch.Tensor
-    released_B: torch.Tensor
-    gain_B: torch.Tensor
-
-
-def supervise(batch, candidate_logp_BTK, tokenizer, splitter, args) -> Supervision:
-    """Phase 3, per rollout: sentences, their mean margins, a change point, the keep mask."""
-    B, keep_BT = len(batch.ids_BT), batch.response_mask_BT.clone()
-    released_B = torch.zeros(B, dtype=torch.bool, device=keep_BT.device)
-    gain_B = torch.zeros(B, dtype=torch.float64, device=keep_BT.device)
-    if args.mask == "release":
-        margin_BT = teachability.teacher_margin(candidate_logp_BTK, kind=args.margin).cpu()
-        counted_BT = batch.entropy_BT.cpu() >= args.margin_min_entropy
-        mask_BT, ids_BT = batch.response_mask_BT.cpu(), batch.ids_BT.cpu()
-        for row in range(B):
-            mask_T = mask_BT[row]
-            segment_T = teachability.token_segments(tokenizer, ids_BT[row, mask_T], splitter)
-            scores_N = teachability.segment_scores(
-                margin_BT[row, mask_T], segment_T, include_T=counted_BT[row, mask_T]
-            )
-            point = release_rule.release_point(
-                scores_N, min_segments=args.min_segments, eps=args.bic_eps
-            )
-            keep_T = torch.from_numpy(release_rule.keep_mask(segment_T, point.kept))
-            keep_BT[row, batch.response_mask_BT[row]] = keep_T.to(keep_BT.device)
-            released_B[row], gain_B[row] = point.kept is not None, point.gain
-    return Supervision(keep_BT, released_B, gain_B)
-
-
-@dataclass
-class Lookahead:
-    """What one step of lookahead saw; 0 or false where it did not look.
-
-    trigger_BT   bool, supervised tokens where the student hesitates
-    reward_BT    group reward of the sampled token, 0 where it is not in its group
-    outside_BT   bool, triggered and not in its group
-    spread_BT    standard deviation of the group's confidences
-    reward_BTK   reward of every candidate (kept for objective topk only)
-    """
-
-    trigger_BT: torch.Tensor
-    reward_BT: torch.Tensor
-    outside_BT: torch.Tensor
-    spread_BT: torch.Tensor
-    reward_BTK: torch.Tensor | None
-
-
-def look_ahead(teacher, trunk, batch, keep_BT, vocab_size, args) -> Lookahead:
-    """Phase 3: the Lookahead Group Reward, off the KV cache of the pass that scored the batch."""
-    group_BTK = batch.topk_ids_BTK[..., : args.lgr_top_k]
-    trigger_BT = lgr.trigger(batch.entropy_BT, keep_BT, args.lgr_tau)
-    confidence_BTK = lgr.lookahead_confidence(
-        teacher,
-        batch.ids_BT,
-        batch.response_mask_BT,
-        trigger_BT,
-        group_BTK,
-        cache=trunk.past_key_values,
-        hidden_BTD=trunk[0],
-        signal=args.lgr_signal,
-        vocab_size=vocab_size,
-        nodes_per_slice=args.lgr_nodes,
-    )
-    reward_BTK = lgr.group_reward(confidence_BTK, normalize=args.lgr_normalize, eps=args.lgr_eps)
-    in_group_BT = (group_BTK == batch.ids_BT[..., None]).any(dim=-1)
-    return Lookahead(
-        trigger_BT,
-        lgr.sampled_reward(reward_BTK, group_BTK, batch.ids_BT),
-        trigger_BT & ~in_group_BT,
-        confidence_BTK.std(dim=-1).nan_to_num(),
-        reward_BTK if args.objective == "topk" else None,
-    )
-
-
-@dataclass
-class Grades:
-    """What phases 2 and 3 leave behind.
-
-    logp_BT           teacher's log-prob of the sampled token, nats; 0 outside the response
-    max_prob_BT       its largest probability there ("supervision fidelity"); 0 outside
-    choice            which tokens to supervise
-    ahead             lookahead rewards, or None
-    union_BTU         objective topk: top tokens of both models, else None
-    union_valid_BTU   false on repeated ones
-    union_logp_BTU    teacher's log-probs of them
-    """
-
-    logp_BT: torch.Tensor
-    max_prob_BT: torch.Tensor
-    choice: Supervision
-    ahead: Lookahead | None = None
-    union_BTU: torch.Tensor | None = None
-    union_valid_BTU: torch.Tensor | None = None
-    union_logp_BTU: torch.Tensor | None = None
-
-
-def pick(data, rows, columns: int):
-    """The same rows, and first columns, of every tensor in a (nested) dataclass; None stays."""
-    if isinstance(data, torch.Tensor):
-        return data[rows, :columns] if data.dim() > 1 else data[rows]
-    if data is None:
-        return None
-    fields = {f.name: pick(getattr(data, f.name), rows, columns) for f in dataclasses.fields(data)}
-    return type(data)(**fields)
-
-
-def stack(parts: list, columns: int):
-    """The inverse of `pick`: rows one below the other, filled up with zeros to `columns`."""
-    first = parts[0]
-    if isinstance(first, torch.Tensor):
-        if first.dim() == 1:
-            return torch.cat(parts)
-        out = first.new_zeros(sum(map(len, parts)), columns, *first.shape[2:])
-        for rows, part in zip(out.split([len(part) for part in parts]), parts, strict=True):
-            rows[:, : part.shape[1]] = part
-        return out
-    if first is None:
-        return None
-    names = [f.name for f in dataclasses.fields(first)]
-    return type(first)(**{n: stack([getattr(part, n) for part in parts], columns) for n in names})
-
-
-@torch.no_grad()
-def grade(run, batch: rollout.Rollout, watch) -> Grades:
-    """Phases 2 and 3, `--micro-batch` rollouts at a time: the teacher's KV cache of a micro-batch
-    lives until its leaves are scored, and no longer."""
-    parts = []
-    for rows in micro_batches(len(batch.ids_BT), run.args.micro_batch):
-        used = int(batch.response_mask_BT[rows].any(dim=0).nonzero().max()) + 1
-        parts.append(grade_rows(run, pick(batch, rows, used), watch))
-    return stack(parts, batch.ids_BT.shape[1])
-
-
-def grade_rows(run, batch: rollout.Rollout, watch) -> Grades:
-    """`grade` for one micro-batch."""
-    args, teacher = run.args, run.teacher
-    topk, lookahead = args.objective == "topk", args.lookahead == "on"
-    scored = max(args.margin_top_k * (args.mask == "release"), args.union_top_k * topk)
-    # rows are padded on the right, so causal attention alone keeps padding out
-    trunk = teacher.base_model(input_ids=batch.ids_BT, use_cache=lookahead)
-    stats = logprobs.token_stats(
-        trunk[0],
-        teacher.get_output_embeddings().weight,
-        batch.ids_BT,
-        top_k=args.union_top_k if topk else 0,
-        candidates_BTK=batch.topk_ids_BTK[..., :scored] if scored else None,
-        mask_BT=batch.response_mask_BT,
-        vocab_size=run.vocab_size,
-    )
-    watch.lap("score")
-    margins_of = stats.candidate_logp_BTK[..., : args.margin_top_k] if scored else None
-    choice = supervise(batch, margins_of, run.tokenizer, run.splitter, args)
-    watch.lap("mask")
-    grades = Grades(stats.logp_BT, stats.max_prob_BT, choice)
-    if lookahead:
-        grades.ahead = look_ahead(teacher, trunk, batch, choice.keep_BT, run.vocab_size, args)
-        watch.lap("lookahead")
-    if topk:
-        students_BTK = batch.topk_ids_BTK[..., : args.union_top_k]
-        grades.union_BTU, grades.union_valid_BTU = lgr.union_candidates(
-            students_BTK, stats.topk_ids_BTK
-        )
-        own_BTK = stats.candidate_logp_BTK[..., : args.union_top_k]
-        grades.union_logp_BTU = torch.cat([own_BTK, stats.topk_logp_BTK], dim=-1)
-    return grades
 
 
 # --------------------------------------------------------------------- phases 4 and 5: how to learn
@@ -562,7 +381,7 @@ def update(student, optimizer, batch, grades, advantage_BT, weight_BT, args):
     keep_BT = grades.choice.keep_BT
     row_R = keep_BT.any(dim=1).nonzero()[:, 0]
     row_R = row_R if len(row_R) else torch.zeros(1, dtype=torch.int64, device=keep_BT.device)
-    slices = micro_batches(len(row_R), args.micro_batch)
+    slices = grading.micro_batches(len(row_R), args.micro_batch)
     optimizer.zero_grad(set_to_none=True)
     local_loss = 0.0
     for piece in slices:
@@ -572,7 +391,7 @@ def update(student, optimizer, batch, grades, advantage_BT, weight_BT, args):
         last = piece.stop == len(row_R)
         wait = contextlib.nullcontext() if last or world == 1 else student.no_sync()
         with wait:
-            own = [pick(x, rows, used) for x in (batch, grades, advantage_BT, weight_BT)]
+            own = [grading.pick(x, rows, used) for x in (batch, grades, advantage_BT, weight_BT)]
             loss = micro_batch_loss(student, *own, args)
             (loss * world).backward()  # DDP averages over ranks; the weights already count all
         local_loss += loss.item()
@@ -664,7 +483,15 @@ def train_step(run: Run, step: int) -> dict:
     batch = sample(run, step)
     watch.lap("sample")
 
-    grades = grade(run, batch, watch)
+    grades = grading.grade(
+        run.teacher,
+        batch,
+        args,
+        tokenizer=run.tokenizer,
+        splitter=run.splitter,
+        vocab_size=run.vocab_size,
+        lap=watch.lap,
+    )
 
     mask_BT, keep_BT = batch.response_mask_BT, grades.choice.keep_BT
     advantage_BT = grades.logp_BT - batch.logp_BT
@@ -711,7 +538,7 @@ def quarters(mask_BT: torch.Tensor) -> torch.Tensor:
     return torch.where(mask_BT, 4 * place_BT // length_B1, 4)
 
 
-def batch_sums(batch: rollout.Rollout, grades: Grades) -> dict[str, float]:
+def batch_sums(batch: rollout.Rollout, grades: grading.Grades) -> dict[str, float]:
     """Numerators and denominators of this process, to be added up over all of them."""
     mask_BT, choice, ahead = batch.response_mask_BT, grades.choice, grades.ahead
     kept_share_B = choice.keep_BT.sum(1) / mask_BT.sum(1)

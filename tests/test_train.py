@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from conftest import tiny_model, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import grading
 import lgr
 import rollout
 import toy
@@ -124,7 +125,7 @@ def test_student_equal_to_teacher_learns_nothing():
     world = toy.world("clean")
     run = make_run(*SHORT, "--difficulty", "4", student=world.student, teacher=world.student)
     batch = train.sample(run, 0)
-    advantage = train.grade(run, batch, train.Stopwatch("cpu")).logp_BT - batch.logp_BT
+    advantage = grade(run, batch).logp_BT - batch.logp_BT
     assert advantage[batch.response_mask_BT].abs().max() < 1e-4
     line = train.train_step(run, 0)
     assert abs(line["loss"]) < 1e-5 and abs(line["reverse_kl"]) < 1e-5 and line["grad_norm"] < 1e-3
@@ -143,8 +144,9 @@ def test_clamped_advantages_and_warm_up():
 
 
 def grade(run, batch):
-    """Phases 2 and 3 without a stopwatch to look at."""
-    return train.grade(run, batch, train.Stopwatch("cpu"))
+    """Phases 2 and 3 of a step."""
+    return grading.grade(run.teacher, batch, run.args, tokenizer=run.tokenizer,
+                         splitter=run.splitter, vocab_size=run.vocab_size, lap=lambda phase: None)
 
 
 def teacher_logprobs(run, batch, row):
@@ -253,7 +255,7 @@ def test_lookahead_flags_and_the_trunk_reach_their_place(monkeypatch):
 
 def test_what_a_step_logs_about_lookahead(monkeypatch):
     """Recomputed from the tensors of the step, token by token."""
-    batches, graded = spy(monkeypatch, train, "sample"), spy(monkeypatch, train, "grade")
+    batches, graded = spy(monkeypatch, train, "sample"), spy(monkeypatch, grading, "grade")
     run = make_run("--toy", "fork", "--prompts-per-step", "24", "--method", "lgr",
                    "--lgr-gamma", "0.5", "--lgr-top-k", "3")
     line = train.train_step(run, 0)
@@ -350,7 +352,7 @@ def test_topk_update_equals_the_objective_written_out(mask):
 
 def only_mask(keep_BT):
     """Grades that say nothing but which tokens to supervise."""
-    return train.Grades(None, None, train.Supervision(keep_BT, None, None))
+    return grading.Grades(None, None, grading.Supervision(keep_BT, None, None))
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -396,22 +398,22 @@ def test_release_mask_follows_the_margin():
     third = [i for i, piece in enumerate(ids_T.tolist()) if tokenizer.decode([piece]) == "."][2] + 1
     candidates = torch.zeros(1, prompt + T, 4)
     candidates[:, : prompt + third, 0] = 5.0
-    choice = train.supervise(batch, candidates, tokenizer, run.splitter, run.args)
+    choice = grading.supervise(batch, candidates, tokenizer, run.splitter, run.args)
     assert choice.released_B.tolist() == [True] and choice.gain_B[0] > 6
     assert choice.keep_BT[0].nonzero()[:, 0].tolist() == list(range(prompt, prompt + third))
     # the rule's flags reach it
     run.args.margin = "prob"  # uniform candidates at log-prob 5 and 0: another scale
-    other = train.supervise(batch, candidates - 5, tokenizer, run.splitter, run.args)
+    other = grading.supervise(batch, candidates - 5, tokenizer, run.splitter, run.args)
     assert other.released_B[0] and abs(other.gain_B[0] - choice.gain_B[0]) > 1e-6
     run.args.margin, run.args.margin_min_entropy = "logprob", 2.0  # no token counts: entropy is 1
-    assert not train.supervise(batch, candidates, tokenizer, run.splitter, run.args).released_B[0]
+    assert not grading.supervise(batch, candidates, tokenizer, run.splitter, run.args).released_B[0]
     run.args.margin_min_entropy, run.args.min_segments = 0.0, 4
-    later = train.supervise(batch, candidates, tokenizer, run.splitter, run.args)
+    later = grading.supervise(batch, candidates, tokenizer, run.splitter, run.args)
     assert not later.released_B[0] or later.keep_BT.sum() > choice.keep_BT.sum()
     run.args.min_segments, run.args.bic_eps = 2, 1e9  # every fit looks perfect
-    assert not train.supervise(batch, candidates, tokenizer, run.splitter, run.args).released_B[0]
+    assert not grading.supervise(batch, candidates, tokenizer, run.splitter, run.args).released_B[0]
     run.args.mask = "none"
-    everything = train.supervise(batch, candidates, tokenizer, None, run.args)
+    everything = grading.supervise(batch, candidates, tokenizer, None, run.args)
     assert torch.equal(everything.keep_BT, batch.response_mask_BT)
 
 
