@@ -16,10 +16,10 @@ and, for the variant `lgr_topk`, the divergence over a set of tokens with the re
 
 Tree attention.  Prompt and response are the trunk; each candidate is a leaf that branches off it:
 
-    trunk   x1  x2  y3  y4  y5           a leaf at position t has position id t, sees the trunk
-    leaves          |   a4  a5           before t and itself, and never its siblings: what the
-                    |   b4  b5           teacher predicts there is what it would predict after
-                    a3                   x, y_<t, candidate
+    trunk    x1  x2  y3  y4  y5          a leaf at position t has position id t, sees the trunk
+    leaves           a3  a4  a5          before t and itself, and no other leaf: what the teacher
+                     b3  b4  b5          predicts there is what it would predict after
+                     c3  c4  c5          x, y_<t, candidate
 
 One forward pass of K tokens per triggered position replaces K passes over the whole prefix.  The
 trunk is not read again for it: leaves attend to the KV cache of the very pass that scored the
@@ -37,8 +37,8 @@ Decisions, where the sources are silent or differ:
      further.  Here "sampled_prob" is the teacher's probability of y_{t+1}, the token that the
      student wrote next, after the candidate; "entropy" is minus the teacher's entropy there.
 
-Letters: B rows, T tokens, K candidates, V vocabulary, D hidden width, N leaves, Q leaves per row
-of a slice, L columns of a slice's mask (trunk, then leaves), U tokens of a union.
+Letters: B rows, T tokens, K candidates, V vocabulary, D hidden width, N leaves, U tokens of a
+union; of a slice R rows that have leaves, Q leaves per row, L columns of its mask; C of a chunk.
 """
 
 import inspect
