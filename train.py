@@ -538,6 +538,9 @@ def quarters(mask_BT: torch.Tensor) -> torch.Tensor:
     return torch.where(mask_BT, 4 * place_BT // length_B1, 4)
 
 
+FLAT = 1e-3  # a deviation of confidences that a 16-bit teacher cannot tell from 0
+
+
 def batch_sums(batch: rollout.Rollout, grades: grading.Grades) -> dict[str, float]:
     """Numerators and denominators of this process, to be added up over all of them."""
     mask_BT, choice, ahead = batch.response_mask_BT, grades.choice, grades.ahead
@@ -566,6 +569,7 @@ def batch_sums(batch: rollout.Rollout, grades: grading.Grades) -> dict[str, floa
         sums["triggered"] = ahead.trigger_BT.sum().item()
         sums["reward"] = ahead.reward_BT.sum().item()
         sums["group_std"] = ahead.spread_BT.sum().item()
+        sums["flat"] = (ahead.trigger_BT & (ahead.spread_BT < FLAT)).sum().item()
         sums["outside"] = ahead.outside_BT.sum().item()
     return sums
 
@@ -598,6 +602,7 @@ def log_line(step: int, loss: float, norm: float, sums: dict, seconds: dict, arg
         line |= {
             "triggered": triggered / tokens,
             "group_std": per("group_std", triggered),
+            "flat_groups": per("flat", triggered),
             "bonus": args.lgr_gamma * sums["reward"] / triggered if triggered else None,
             "outside_group": per("outside", triggered),
         }

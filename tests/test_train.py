@@ -277,6 +277,8 @@ def test_what_a_step_logs_about_lookahead(monkeypatch):
     assert line["triggered"] == triggered / int(batch.response_mask_BT.sum())
     assert math.isclose(line["bonus"], sum(bonus) / triggered, rel_tol=1e-4)
     assert math.isclose(line["group_std"], sum(spread) / triggered, rel_tol=1e-4)
+    flat = sum(deviation < 1e-3 for deviation in spread) / triggered
+    assert 0 < flat < 1 and math.isclose(line["flat_groups"], flat)
     means = torch.tensor([sum(quarter) / len(quarter) for quarter in fidelity])
     assert torch.allclose(torch.tensor(line["fidelity"]), means, atol=1e-5)
     assert (means[0] - means[1]).abs() > 1e-3, "the quarters must differ for this to be a test"
@@ -519,7 +521,9 @@ def test_torchrun_with_two_processes_repeats_one_process(method, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                 "--nproc_per_node", "2", ROOT / "train.py"]
     for name, command in (("one", python), ("two", torchrun)):
-        world = ["--toy", "fork", "--difficulty", "4"] if "lgr" in method else TOY
+        # eps well above rounding, which decides the rewards in groups of equal confidences
+        fork = ["--toy", "fork", "--difficulty", "4", "--lgr-eps", "1e-3"]
+        world = fork if "lgr" in method else TOY
         run_command(*command, *world, *SHORT, "--method", method, "--out", name, cwd=tmp_path)
     (one, one_eval), (two, two_eval) = (read_log(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 2
