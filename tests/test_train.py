@@ -610,6 +610,9 @@ def folders(tmp_path_factory):
     return place
 
 
+BASE = "--student model --teacher model --problems good.jsonl --max-new-tokens 20 --out new"
+
+
 @pytest.mark.parametrize(
     "flags, culprit",
     [
@@ -647,14 +650,24 @@ def folders(tmp_path_factory):
         ("--out good.jsonl/deeper", "good.jsonl/deeper"),
     ],
 )
-def test_bad_input_is_one_line_that_names_the_culprit(folders, flags, culprit):
-    base = "--student model --teacher model --problems good.jsonl --max-new-tokens 20 --out new"
-    command = [sys.executable, ROOT / "train.py", *base.split(), *flags.split()]
-    done = run_command(*command, cwd=folders, fails=True)
-    message = done.stderr.strip().splitlines()
-    assert done.returncode == 2
+def test_bad_input_is_one_line_that_names_the_culprit(folders, flags, culprit, monkeypatch, capsys):
+    monkeypatch.chdir(folders)
+    with pytest.raises(SystemExit) as left:
+        train.main([*BASE.split(), *flags.split()])
+    message = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2
     assert len(message) == 1 and culprit in message[0] and message[0].startswith("train.py: error:")
     assert not (folders / "new").exists() and (folders / "full" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("flags", ["--steps 0", "--problems bad.jsonl", "--out full"])
+def test_bad_input_to_the_real_command(folders, flags):
+    """A process of its own: nothing else is printed, exit code 2."""
+    command = [sys.executable, ROOT / "train.py", *BASE.split(), *flags.split()]
+    done = run_command(*command, cwd=folders, fails=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("train.py: error:") and done.stderr.count("\n") == 1
+    assert flags.split()[1] in done.stderr and not (folders / "new").exists()
 
 
 # ------------------------------------------------------------------------------------ small pieces
