@@ -87,7 +87,8 @@ def check_model(model, longest: int) -> None:
         )
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise ValueError(f"{name} takes no position ids, which tree attention needs")
-    kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", ()))
+    named = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    kinds = set(named or ())
     if kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(f"{name} has layers of types {sorted(kinds)}, which are not supported")
     window = getattr(config, "sliding_window", None)
@@ -303,10 +304,7 @@ def lookahead_confidence(
         confidence_BTK = torch.where(is_sampled_BTK, value_BT[..., None], confidence_BTK)
         leaf_BTK = leaf_BTK & ~is_sampled_BTK
 
-    # every leaf of a slice pays for Q columns of its siblings, and for trunk columns up to the last
-    # one's: so a slice takes at most an eighth of the trunk's length from a row
-    per_row = max(64, T // 8)
-    for row_N, column_N, slot_N in _slices(leaf_BTK, nodes_per_slice, per_row):
+    for row_N, column_N, slot_N in _slices(leaf_BTK, nodes_per_slice):
         token_N = candidates_BTK[row_N, column_N, slot_N]
         hidden_ND = _score_slice(model, trunk, row_N, column_N, token_N)
         confidence_BTK[row_N, column_N, slot_N] = _read_signal(
@@ -315,13 +313,15 @@ def lookahead_confidence(
     return confidence_BTK
 
 
-def _slices(leaf_BTK: torch.Tensor, nodes_per_slice: int, per_row: int):
+def _slices(leaf_BTK: torch.Tensor, nodes_per_slice: int):
     """Yield (row_N, column_N, slot_N) of the leaves, at most `nodes_per_slice` at a time, padding
-    of the rows included, and `per_row` of each row, sorted by row, then column.
+    of the rows included, sorted by row, then column.
 
     Every row gives its next few leaves, so that a slice's leaves branch off neighbouring columns
-    and its mask stays short.
+    and its mask stays short.  A leaf pays for the columns of its Q siblings, and for trunk columns
+    up to the last one's, so a slice takes at most an eighth of the trunk's length from a row.
     """
+    per_row = max(64, leaf_BTK.shape[1] // 8)
     row_N, column_N, slot_N = leaf_BTK.nonzero(as_tuple=True)
     rank_N = torch.arange(len(row_N), device=row_N.device) - torch.searchsorted(row_N, row_N)
     rows = row_N.unique()

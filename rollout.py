@@ -29,6 +29,7 @@ Letters: B rows (in the order of the prompts), T tokens (prompt + response), K c
 vocabulary, S live slots, Q prefill columns, L attended columns.
 """
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -163,9 +164,9 @@ def check_model(model, longest: int) -> None:
     """Refuse what this sampler would get wrong.
 
     Raises:
-        ValueError: encoder-decoders; layers that keep something else than keys and values; an
-            attention implementation that takes no 4D mask; a sliding window or a position limit
-            shorter than `longest` tokens.
+        ValueError: encoder-decoders; layers that are recurrent, chunked or local; position ids
+            that are not an argument; an attention implementation that takes no 4D mask; a sliding
+            window or a position limit shorter than `longest` tokens.
     """
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
@@ -176,9 +177,12 @@ def check_model(model, longest: int) -> None:
             f"attention implementation {implementation!r} takes no 4D mask; load the model with "
             'attn_implementation="sdpa"'
         )
-    kinds = set(getattr(config, "layer_types", None) or ())
+    named = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    kinds = set(named or ())
     if kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"layers of types {sorted(kinds)} keep more than keys and values")
+        raise ValueError(f"layers of types {sorted(kinds)} are not supported")
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise ValueError(f"{type(model).__name__} takes no position ids")
     window = getattr(config, "sliding_window", None)
     sliding = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
     if window and sliding and longest > window:

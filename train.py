@@ -23,8 +23,7 @@ Randomness is stateless: step s of seed r always uses the same prompts and the s
 per (row, token), however many processes share the work, so `--nproc_per_node 2` repeats the run of
 one process up to floating-point noise.
 
-Letters: B rows of this process, T tokens, K candidates, U tokens of a union of candidates, V
-vocabulary, N segments.
+Letters: B rows of this process, T tokens, K candidates, U tokens of a union of candidates.
 """
 
 import argparse
@@ -157,7 +156,7 @@ FLAGS = {
         ("--beta1", 0.9, "AdamW", {"high": 0.999999}),
         ("--beta2", (0.95, 0.98), "AdamW", {"high": 0.999999}),
         ("--clip-grad", 1.0, "largest gradient norm; 0: off", {}),
-        ("--advantage-clip", (10.0, 0.0), "largest |A_t|, nats; 0: off", {}),
+        ("--advantage-clip", (10.0, 0.0), "largest |log p_T - log p_S| in A_t, nats; 0: off", {}),
         ("--updates-per-rollout", 1, "above 1: PPO's clipped ratio", {"low": 1}),
         ("--clip-low", 0.2, "ratio at least 1 - this", {"high": 1}),
         ("--clip-high", 0.28, "ratio at most 1 + this", {}),

@@ -170,7 +170,7 @@ class Work:
         sampled_BTK = self.candidates_BTK == self.ids_BT[..., None]
         leaf_BTK = self.trigger_BT[..., None] & ~sampled_BTK
         columns = 0
-        for _, column_N, _ in lgr._slices(leaf_BTK, self.nodes, max(64, T // 8)):
+        for _, column_N, _ in lgr._slices(leaf_BTK, self.nodes):
             columns += len(column_N) * (int(column_N.max()) + len(column_N))
         trunk = T * per_token + per_column * T * (T + 1) / 2
         return trunk, self.leaves * per_token + per_column * columns

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 import rollout
 
@@ -227,6 +234,17 @@ def test_models_that_would_be_sampled_wrongly_are_refused():
     plain.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'flash_attention_2' takes no 4D mask"):
         sample(plain)
+
+
+def test_local_attention_and_positions_of_its_own_are_refused():
+    """GPT-Neo's windows are in no flag that others have; BLOOM reads positions off a 2D mask."""
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64}
+    local = {"attention_types": [[["local"], 2]], "window_size": 3}
+    with pytest.raises(ValueError, match="layers of types .*'local'"):
+        sample(GPTNeoForCausalLM(GPTNeoConfig(vocab_size=VOCABULARY, **sizes, **local)).eval())
+    small = {"hidden_size": 16, "n_layer": 1, "n_head": 2}
+    with pytest.raises(ValueError, match="BloomForCausalLM takes no position ids"):
+        sample(BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, **small)).eval())
 
 
 def test_a_model_without_a_plain_cache_is_refused(monkeypatch):
