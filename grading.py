@@ -4,7 +4,9 @@ One teacher pass per micro-batch, the trunk, and everything is read off it while
 
   score       log-prob of every sampled token and of the student's candidates        logprobs.py
   mask        which tokens to supervise: all, or those before the teacher's margin   teachability.py
-              over the student's candidates collapses (release rule, 2605.13643)     release_rule.py
+              over the student's candidates collapses (release rule, 2605.13643),    release_rule.py
+              or as many elsewhere (controls; they see the whole batch, so they act  controls.py
+              when all its micro-batches are graded)
   look ahead  the teacher's confidence one step after each of the student's          lgr.py
               candidates, against the trunk's KV cache (LGR, 2605.30833)
 
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+import controls
 import lgr
 import logprobs
 import release_rule
@@ -37,35 +40,66 @@ class Supervision:
     keep_BT     bool, response tokens that keep their supervision
     released_B  bool, true where the rule fired
     gain_B      BIC0 - BIC1 where it fired, else 0
+    wanted_B    int64, tokens that it keeps of every rollout; differs from keep_BT for the control
+                `std`, whose two last fields are those of its own signal
     """
 
     keep_BT: torch.Tensor
     released_B: torch.Tensor
     gain_B: torch.Tensor
+    wanted_B: torch.Tensor | None = None
 
 
-def supervise(batch, candidate_logp_BTK, tokenizer, splitter, args) -> Supervision:
-    """Per rollout: sentences, their mean margins, a change point, the keep mask."""
+def signals(args) -> tuple[str, ...]:
+    """The series in which `args.mask` wants a change point: "margin" (the release rule, and the
+    controls that spend its budget), "spread" (the control std)."""
+    budget = args.mask in controls.CONTROLS and not args.prefix_tokens and args.budget == "release"
+    margin = ("margin",) if args.mask == "release" or budget else ()
+    return margin + (("spread",) if args.mask == "std" else ())
+
+
+def spends_budget(args) -> bool:
+    """True if `controls.spend` has to place the tokens that the release rule would supervise."""
+    return args.mask in controls.CONTROLS and "margin" in signals(args)
+
+
+def supervise(batch, candidate_logp_BTK, advantage_BT, tokenizer, splitter, args) -> Supervision:
+    """Per rollout: sentences, a score each, a change point, the keep mask.
+
+    candidate_logp_BTK: for the margin, the teacher's log-probs of the student's candidates.
+    advantage_BT: for the spread, log p_T - log p_S of the sampled tokens, nats.
+    """
     B, keep_BT = len(batch.ids_BT), batch.response_mask_BT.clone()
     released_B = torch.zeros(B, dtype=torch.bool, device=keep_BT.device)
     gain_B = torch.zeros(B, dtype=torch.float64, device=keep_BT.device)
-    if args.mask == "release":
-        margin_BT = teachability.teacher_margin(candidate_logp_BTK, kind=args.margin).cpu()
+    wanted_B = keep_BT.sum(dim=1)
+    if args.mask == "prefix" and args.prefix_tokens:
+        keep_BT = controls.first_tokens(wanted_B.clamp(max=args.prefix_tokens), keep_BT)
+    mask_BT, ids_BT, value_BT = batch.response_mask_BT.cpu(), batch.ids_BT.cpu(), {}
+    if "margin" in signals(args):
+        value_BT["margin"] = teachability.teacher_margin(candidate_logp_BTK, kind=args.margin).cpu()
         counted_BT = batch.entropy_BT.cpu() >= args.margin_min_entropy
-        mask_BT, ids_BT = batch.response_mask_BT.cpu(), batch.ids_BT.cpu()
-        for row in range(B):
-            mask_T = mask_BT[row]
-            segment_T = teachability.token_segments(tokenizer, ids_BT[row, mask_T], splitter)
-            scores_N = teachability.segment_scores(
-                margin_BT[row, mask_T], segment_T, include_T=counted_BT[row, mask_T]
-            )
+    if "spread" in signals(args):
+        value_BT["spread"] = advantage_BT.cpu()
+    for row in range(B if value_BT else 0):
+        mask_T = mask_BT[row]
+        segment_T = teachability.token_segments(tokenizer, ids_BT[row, mask_T], splitter)
+        for signal, values_BT in value_BT.items():
+            if signal == "margin":
+                scores_N = teachability.segment_scores(
+                    values_BT[row, mask_T], segment_T, include_T=counted_BT[row, mask_T]
+                )
+            else:
+                scores_N = teachability.segment_spread(values_BT[row, mask_T], segment_T)
             point = release_rule.release_point(
                 scores_N, min_segments=args.min_segments, eps=args.bic_eps
             )
             keep_T = torch.from_numpy(release_rule.keep_mask(segment_T, point.kept))
-            keep_BT[row, batch.response_mask_BT[row]] = keep_T.to(keep_BT.device)
+            if signal == signals(args)[0]:
+                keep_BT[row, batch.response_mask_BT[row]] = keep_T.to(keep_BT.device)
             released_B[row], gain_B[row] = point.kept is not None, point.gain
-    return Supervision(keep_BT, released_B, gain_B)
+            wanted_B[row] = int(keep_T.sum())
+    return Supervision(keep_BT, released_B, gain_B, wanted_B)
 
 
 @dataclass
@@ -124,6 +158,8 @@ class Grades:
     union_BTU         objective topk: top tokens of both models, else None
     union_valid_BTU   false on repeated ones
     union_logp_BTU    teacher's log-probs of them
+    hidden_BTD        objectives over the whole vocabulary: the teacher's last hidden states, from
+                      which its distributions are computed again, chunk by chunk; else None
     """
 
     logp_BT: torch.Tensor
@@ -133,6 +169,18 @@ class Grades:
     union_BTU: torch.Tensor | None = None
     union_valid_BTU: torch.Tensor | None = None
     union_logp_BTU: torch.Tensor | None = None
+    hidden_BTD: torch.Tensor | None = None
+
+    def keep_only(self, keep_BT: torch.Tensor) -> None:
+        """Supervise these tokens in place of those of `choice`, and forget what lookahead saw
+        elsewhere."""
+        self.choice.keep_BT = keep_BT
+        if self.ahead is not None:
+            ahead = self.ahead
+            for name in ("trigger_BT", "reward_BT", "outside_BT", "spread_BT"):
+                setattr(ahead, name, getattr(ahead, name) * keep_BT)
+            if ahead.reward_BTK is not None:
+                ahead.reward_BTK = ahead.reward_BTK * keep_BT[..., None]
 
 
 def pick(data, rows, columns: int):
@@ -186,7 +234,8 @@ def grade(
 def grade_rows(teacher, batch, args, tokenizer, splitter, vocab_size, lap) -> Grades:
     """`grade` for one micro-batch."""
     topk, lookahead = args.objective == "topk", args.lookahead == "on"
-    scored = max(args.margin_top_k * (args.mask == "release"), args.union_top_k * topk)
+    margin = "margin" in signals(args)
+    scored = max(args.margin_top_k * margin, args.union_top_k * topk)
     # rows are padded on the right, so causal attention alone keeps padding out
     trunk = teacher.base_model(input_ids=batch.ids_BT, use_cache=lookahead)
     stats = logprobs.token_stats(
@@ -200,11 +249,15 @@ def grade_rows(teacher, batch, args, tokenizer, splitter, vocab_size, lap) -> Gr
     )
     lap("score")
     margins_of = stats.candidate_logp_BTK[..., : args.margin_top_k] if scored else None
-    choice = supervise(batch, margins_of, tokenizer, splitter, args)
+    advantage_BT = stats.logp_BT - batch.logp_BT
+    choice = supervise(batch, margins_of, advantage_BT, tokenizer, splitter, args)
     lap("mask")
     grades = Grades(stats.logp_BT, stats.max_prob_BT, choice)
-    if lookahead:
-        grades.ahead = look_ahead(teacher, trunk, batch, choice.keep_BT, vocab_size, args)
+    if args.objective in logprobs.DIVERGENCES:
+        grades.hidden_BTD = trunk[0]
+    if lookahead:  # where a control will supervise is not known yet: look everywhere
+        looked_BT = batch.response_mask_BT if spends_budget(args) else choice.keep_BT
+        grades.ahead = look_ahead(teacher, trunk, batch, looked_BT, vocab_size, args)
         lap("lookahead")
     if topk:
         students_BTK = batch.topk_ids_BTK[..., : args.union_top_k]

@@ -221,16 +221,9 @@ def segment_scores(margin_T, segment_T, *, include_T=None) -> torch.Tensor:
     if include_T is None:
         include_T = torch.ones_like(segment_T)
     include_T = torch.as_tensor(include_T, dtype=torch.bool, device="cpu")
-    if margin_T.ndim != 1 or not margin_T.shape == segment_T.shape == include_T.shape:
-        raise ValueError(
-            "margin_T, segment_T and include_T must be 1-D and of one length, got shapes "
-            f"{[tuple(x.shape) for x in (margin_T, segment_T, include_T)]}"
-        )
+    _check_segments(segment_T, margin_T=margin_T, include_T=include_T)
     if margin_T.numel() == 0:
         return torch.zeros(0, dtype=torch.float64)
-    steps_T = segment_T.diff()
-    if segment_T[0] != 0 or bool(((steps_T != 0) & (steps_T != 1)).any()):
-        raise ValueError(f"segment_T must start at 0 and grow by 0 or 1, got {segment_T}")
     margin_T, counted_T = margin_T[include_T], segment_T[include_T]
     if not bool((margin_T >= 0).all()):
         raise ValueError(f"margin_T must be >= 0, got a minimum of {margin_T.min().item()}")
@@ -239,6 +232,44 @@ def segment_scores(margin_T, segment_T, *, include_T=None) -> torch.Tensor:
     total_N = torch.bincount(counted_T, weights=margin_T, minlength=n)
     count_N = torch.bincount(counted_T, minlength=n)
     return torch.log1p(total_N / count_N)  # 0 / 0 = nan: nothing counted
+
+
+def segment_spread(value_T, segment_T) -> torch.Tensor:
+    """log(1 + standard deviation of the values in a segment): another signal for the same rule.
+
+    The release paper's ablation puts the sampled advantage A_t = log p_T(y_t) - log p_S(y_t), in
+    nats, in the place of the margin. The deviation is that of the population, so that a segment of
+    a single token has one: 0.
+
+    value_T: finite floats of either sign. segment_T: as in `segment_scores`.
+    Returns float64 [N] on the CPU. Raises ValueError for lengths that differ, segments that do not
+    count 0, 0, .., 1, .., and a value that is not finite.
+
+    >>> segment_spread([1.0, 3.0, 5.0], [0, 0, 1])  # log(1 + 1), log(1 + 0)
+    tensor([0.6931, 0.0000], dtype=torch.float64)
+    """
+    value_T = torch.as_tensor(value_T, dtype=torch.float64, device="cpu").detach()
+    segment_T = torch.as_tensor(segment_T, dtype=torch.int64, device="cpu")
+    _check_segments(segment_T, value_T=value_T)
+    if value_T.numel() == 0:
+        return torch.zeros(0, dtype=torch.float64)
+    if not bool(torch.isfinite(value_T).all()):
+        raise ValueError("value_T must be finite")
+    count_N = torch.bincount(segment_T)
+    mean_N = torch.bincount(segment_T, weights=value_T) / count_N
+    square_T = (value_T - mean_N[segment_T]) ** 2
+    return torch.log1p((torch.bincount(segment_T, weights=square_T) / count_N).sqrt())
+
+
+def _check_segments(segment_T, **series) -> None:
+    """ValueError unless all are 1-D and of one length, and segments count 0, 0, .., 1, .."""
+    if segment_T.ndim != 1 or any(x.shape != segment_T.shape for x in series.values()):
+        shapes = [tuple(x.shape) for x in (*series.values(), segment_T)]
+        names = ", ".join([*series, "segment_T"])
+        raise ValueError(f"{names} must be 1-D and of one length, got shapes {shapes}")
+    steps_T = segment_T.diff()
+    if segment_T.numel() and (segment_T[0] != 0 or bool(((steps_T != 0) & (steps_T != 1)).any())):
+        raise ValueError(f"segment_T must start at 0 and grow by 0 or 1, got {segment_T}")
 
 
 @functools.cache

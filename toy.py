@@ -1,29 +1,37 @@
 """The offline toy world: tiny problems, tiny teachers and a tinier student.
 
-Everything that on-policy distillation needs, in under a megabyte and without a network: a task
-whose answers can be checked, a tokenizer, a student that is right now and then, and teachers
-whose competence as a function of position can be set. Where a teacher can be trusted is what both
-papers are about (release rule, arXiv 2605.13643; lookahead group reward, arXiv 2605.30833).
+Everything that on-policy distillation needs, in 1.5 megabytes and without a network: a task whose
+answers can be checked, a tokenizer, a student that is right now and then, and teachers whose
+competence as a function of position can be set. Where a teacher can be trusted is what both papers
+are about (release rule, arXiv 2605.13643; lookahead group reward, arXiv 2605.30833).
 
 Reading key
     dial     16 marks, n moves of plus/minus 1..5; `moves` = n sets difficulty and length:
              11n + 17 response tokens in n + 2 sentences, chance accuracy 1/16
     reverse  second task, only there to notice forgetting
-    H        horizon: the last move that the teacher knows how to make (`horizon`)
+    H        horizon: the last move that the teacher knows how to make (`horizon`); in `varied` the
+             problem's start mark decides which of HORIZONS it is
     c        corruption: share of the sentences after move H that the teacher's training data
              garbled, the closing one included
+    F        fidelity: the probability of the teacher's favourite next token, max_v p_T(v | prefix)
+    cut      the confidently wrong teacher (`confident`) stops after that move, sure of itself
     student  smaller than the teachers, from its own seed, on data with wrong moves in it
     fork     a world with two wordings of a move, "so" and "thus", equally likely, after one of
              which the teacher goes wrong: nothing tells them apart but its confidence one token
              later. In `fork` the uncertain wording is the bad one; in `fork-mirror` it is the
              good one, and the confident one is always wrong.
+    graded   `horizon-C` and `fork-S` turn c and the share of slips S between `clean` and
+             `horizon`, and around `fork`; their weights are built when wanted, not shipped.
 
 By construction the student is better than the horizon teacher beyond H: the distilled student can
 only gain there if the supervision stops in time. This is a demonstration, not a benchmark.
 
 Rebuild (one CPU thread, minutes):   python toy.py --force
 Look at what is there:               python toy.py --table
+What one world needs and --out lacks:  python toy.py --world fork-0.1
 Another horizon teacher:             python toy.py --horizon 4 --corruption 0.2 --out my_teachers
+`--world` keeps the models that exist; with --force it trains the world's teacher anew, and nothing
+else. A clean teacher to start from is taken from --out, else from the repository.
 The weights depend on the seed and, through float32 rounding, on the machine; the problems and the
 texts depend on the seed only.
 """
@@ -32,6 +40,7 @@ import argparse
 import math
 import random
 import re
+import shlex
 import sys
 import zlib
 from dataclasses import dataclass, field, replace
@@ -73,6 +82,7 @@ class World:
     noise      what the teacher's data suffered from: arguments of `dial_response`
     moves      the difficulty that shows what the world is about
     uncertain  of two wordings the one after which the teacher is unsure ("": one wording only)
+    shipped    the weights come with the repository; otherwise `python toy.py --world NAME`
     """
 
     about: str
@@ -81,10 +91,17 @@ class World:
     noise: dict = field(default_factory=dict)
     moves: int = MAX_MOVES
     uncertain: str = ""
+    shipped: bool = True
 
 
-FORK = {"so": (0.0, None), "thus": (0.5, None)}  # word: (share of slips, the mark slipped to)
+def fork_wordings(slips):
+    """{word: (share of slips, the mark slipped to, None for any)} of a fork where "thus" slips."""
+    return {"so": (0.0, None), "thus": (slips, None)}
+
+
+FORK = fork_wordings(0.5)
 MIRROR = {"so": (0.3, None), "thus": (1.0, 0)}
+HORIZONS = (2, 5, 8, 11)  # the world `varied`: H is the one at start mark mod 4
 WORLDS = {
     "horizon": World(
         "the teacher knows moves 1..6 and garbles 70% of the later ones",
@@ -108,7 +125,39 @@ WORLDS = {
         moves=2,
         uncertain="so",
     ),
+    "varied": World(
+        "the teacher garbles 70% of the moves after 2, 5, 8 or 11; the start mark decides which",
+        ASSETS / "varied",
+        noise={"horizon": HORIZONS, "corruption": 0.7},
+    ),
+    "confident": World(
+        "the teacher surely stops after move 6, right or not",
+        ASSETS / "confident",
+        noise={"cut": 6},
+    ),
 }
+WORLDS |= {
+    f"horizon-{c}": World(
+        f"the teacher knows moves 1..6 and garbles {c:.0%} of the later ones",
+        ASSETS / f"horizon-{c}",
+        noise={"horizon": 6, "corruption": c},
+        shipped=False,
+    )
+    for c in (0.05, 0.1, 0.2, 0.3)
+}
+WORLDS |= {
+    f"fork-{slips}": World(
+        f'after "so" the teacher copies the mark, after "thus" it forgets {slips:.0%} of them',
+        ASSETS / f"fork-{slips}",
+        ASSETS / "fork-student",
+        noise={"wordings": fork_wordings(slips)},
+        moves=6,
+        uncertain="thus",
+        shipped=False,
+    )
+    for slips in (0.1, 0.25, 1.0)
+}
+SHIPPED = tuple(name for name, w in WORLDS.items() if w.shipped)
 
 
 def world(name="horizon"):
@@ -150,16 +199,19 @@ def dial_response(
     wrong_result=0.0,
     wrong_operation=0.0,
     wordings=None,
+    cut=MAX_MOVES,
 ):
     r"""The worked solution of a dial problem, spoilt as told.
 
-    After move `horizon`, a share `corruption` of the moves is garbled: operation, amount, source
+    After move `horizon` a share `corruption` of the moves is garbled: operation, amount, source
     and result are all random, so that nothing of the move can be predicted; the closing sentence
-    after such moves names a random mark just as often. Anywhere, a share `wrong_result` lands on a
-    random mark and a share `wrong_operation` misreads the move. `wordings` maps words that may
-    stand in the place of "so", all equally likely, to (share, mark): after that word a share of
-    the moves starts from `mark`, or from any mark (None), in place of the one before. Later moves
-    go on from the mark that was written. `rng` is needed for any of these.
+    after such moves names a random mark just as often. Of a tuple of horizons the problem's is the
+    one at the start mark, modulo their number. Anywhere, a share `wrong_result` lands on a random
+    mark and a share `wrong_operation` misreads the move. `wordings` maps words that may stand in
+    the place of "so", all equally likely, to (share, mark): after that word a share of the moves
+    starts from `mark`, or from any mark (None), in place of the one before. Later moves go on from
+    the mark that was written. `rng` is needed for any of these. The response stops after move
+    `cut`, as if the problem had no more.
 
     >>> problem = {"problem": "The dial starts at 14. Move 1 is plus 5. Where does it stop?"}
     >>> dial_response(problem).split(". ")[1:]
@@ -167,8 +219,10 @@ def dial_response(
     """
     text = problem["problem"]
     mark = int(re.match(r"The dial starts at (\d+)\.", text)[1])
+    if isinstance(horizon, tuple):
+        horizon = horizon[mark % len(horizon)]
     parts = [f"The dial starts at {mark}."]
-    for number, word, amount in re.findall(r"Move (\d+) is (plus|minus) (\d+)", text):
+    for number, word, amount in re.findall(r"Move (\d+) is (plus|minus) (\d+)", text)[:cut]:
         source, amount = mark, int(amount)
         garbled = int(number) > horizon and corruption and rng.random() < corruption
         if garbled or (wrong_operation and rng.random() < wrong_operation):
@@ -353,6 +407,13 @@ RECIPES = {
     "fork-mirror": (fork_stages(MIRROR), STUDENT_SIZE, 0),
     "fork-mirror-student": (fork_stages(MIRROR, student=True), FORK_STUDENT_SIZE, 1),
 }
+RECIPES |= {
+    name: (fork_stages(w.noise["wordings"]), STUDENT_SIZE, 0)
+    for name, w in WORLDS.items()
+    if "wordings" in w.noise and name not in RECIPES
+}
+# Steps of a teacher that starts from the clean one, unless 300 will do.
+SPOIL_STEPS = {"varied": 1600}
 
 
 def training_batch(tokenizer, rng, stage, step, tokens=3600):
@@ -406,10 +467,26 @@ def save(model, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
+def exists(folder):
+    """Whether a model lies in that local folder."""
+    return (Path(folder) / "config.json").is_file()
+
+
+def build_command(folder):
+    """The command that builds the model of that folder, if a world has one of that name."""
+    folder = Path(folder)
+    elsewhere = folder.resolve().parent != ASSETS
+    for name, w in WORLDS.items():
+        if folder.name in (w.teacher.name, w.student.name):
+            out = f" --out {shlex.quote(str(folder.parent))}" if elsewhere else ""
+            return f"python toy.py --world {name}{out}"
+    return "python toy.py"
+
+
 def load(folder):
     """(float32 model in eval mode, tokenizer) of a local folder; ValueError if there is none."""
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"no model folder at {folder}; build it with: python toy.py")
+    if not exists(folder):
+        raise ValueError(f"no model folder at {folder}; build it with: {build_command(folder)}")
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True
     )
@@ -419,11 +496,12 @@ def load(folder):
 def spoil(base, noise, folder, *, seed=0, steps=None):
     """Train a copy of the teacher in `base` on texts with that noise; save it in `folder`."""
     model, tokenizer = load(base)[0], build_tokenizer()  # a reloaded one saves its load options
-    stage = Stage(steps or 300, 3e-3, noise=noise)
-    save(fit(model.train(), tokenizer, stage, seed=seed, name=Path(folder).name), tokenizer, folder)
+    name = Path(folder).name
+    stage = Stage(steps or SPOIL_STEPS.get(name, 300), 3e-3, noise=noise)
+    save(fit(model.train(), tokenizer, stage, seed=seed, name=name), tokenizer, folder)
 
 
-def build(out, *, names=tuple(WORLDS), seed=0, steps=None, force=False):
+def build(out, *, names=SHIPPED, seed=0, steps=None, force=False):
     """Train the students and teachers of the named worlds from scratch into the folder `out`.
 
     `steps` replaces the length of every stage, for smoke tests. A teacher that is not in RECIPES
@@ -431,13 +509,50 @@ def build(out, *, names=tuple(WORLDS), seed=0, steps=None, force=False):
     if a model folder exists and `force` is not set.
     """
     out = Path(out)
-    worlds = [WORLDS[name] for name in names]
-    needed = {folder.name: w.noise for w in worlds for folder in (w.student, w.teacher)}
-    spoilt = {name: noise for name, noise in needed.items() if name not in RECIPES}
-    scratch = [name for name in RECIPES if name in needed or (name == "clean" and spoilt)]
-    refuse_overwrite([out / name for name in (*scratch, *spoilt)], force)
-    tokenizer = build_tokenizer()
-    for name in scratch:
+    chosen = map(world, names)
+    needed = {folder.name for w in chosen for folder in (w.student, w.teacher)}
+    if not needed <= set(RECIPES):
+        needed.add("clean")
+    refuse_overwrite([out / name for name in in_order(needed)], force)
+    train_models(out, needed, out / "clean", seed=seed, steps=steps)
+
+
+def build_world(out, name, *, seed=0, steps=None, force=False):
+    """Train those models of one world that `out` lacks; with `force` the world's teacher anyway.
+
+    Models that exist are kept, and named. The clean teacher that others start from is `out`'s, else
+    the repository's, and is trained only if neither is there.
+    """
+    out, chosen = Path(out), world(name)
+    folders = dict.fromkeys(out / folder.name for folder in (chosen.student, chosen.teacher))
+    needed = {f.name for f in folders if not exists(f) or (force and f.name == chosen.teacher.name)}
+    for folder in folders:
+        if folder.name not in needed:
+            print(f"kept {folder}")
+    if not needed:
+        print(f"nothing to build for {name}; --force trains its teacher anew")
+    base = next((f for f in (out / "clean", ASSETS / "clean") if exists(f)), None)
+    if base is None and not needed <= set(RECIPES):
+        needed.add("clean")
+    train_models(out, needed, base or out / "clean", seed=seed, steps=steps)
+
+
+def in_order(names):
+    """Model names in the order of training: from scratch first, those that start from another last.
+
+    >>> in_order({"varied", "clean", "student"})
+    ['student', 'clean', 'varied']
+    """
+    return [n for n in RECIPES if n in names] + sorted(n for n in names if n not in RECIPES)
+
+
+def train_models(out, names, base, *, seed=0, steps=None):
+    """Train the named models into `out`; those not in RECIPES start from the teacher in `base`."""
+    tokenizer, noise = build_tokenizer(), {w.teacher.name: w.noise for w in WORLDS.values()}
+    for name in in_order(names):
+        if name not in RECIPES:
+            spoil(base, noise[name], out / name, seed=seed, steps=steps)
+            continue
         stages, size, more = RECIPES[name]
         model = build_model(tokenizer, seed=seed + more, **size)
         for number, stage in enumerate(stages):
@@ -445,8 +560,6 @@ def build(out, *, names=tuple(WORLDS), seed=0, steps=None, force=False):
                 stage = replace(stage, steps=steps)
             fit(model, tokenizer, stage, seed=seed + more, name=f"{name} {number}")
         save(model, tokenizer, out / name)
-    for name, noise in spoilt.items():
-        spoil(out / "clean", noise, out / name, seed=seed, steps=steps)
 
 
 def refuse_overwrite(folders, force):
@@ -482,6 +595,21 @@ def accuracy(model, tokenizer, items, *, samples=4, temperature=1.0, seed=0):
     return right / len(items)
 
 
+@torch.no_grad()
+def fidelity_by_move(model, tokenizer, items, responses):
+    """F_BN: fidelity, averaged over the tokens of each sentence of responses to problems of one n.
+
+    Column 0 is the opening sentence, column i is move i, the last one is the closing sentence.
+    Every move has 11 tokens, right or wrong, so all rows are equally long and need no padding.
+    """
+    texts = [tokenizer(text)["input_ids"] for text in responses]
+    prompts = [prompt_ids(tokenizer, item) for item in items]
+    ids_BT = torch.tensor([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
+    F_BT = model(ids_BT).logits[:, len(prompts[0]) - 1 : -1].softmax(-1).amax(-1)
+    sizes = [6, *[11] * (len(texts[0]) // 11 - 1), 10]  # 11 n + 16 tokens
+    return torch.stack([sentence.mean(1) for sentence in F_BT.split(sizes, dim=1)], dim=1)
+
+
 def table(folders, moves, *, count=200):
     """Markdown: mean@4 at temperature 1, then greedy, on held-out problems, per model folder."""
     columns = [(f"n={n}", {"moves": n}) for n in moves] + [("reverse", {"task": "reverse"})]
@@ -514,7 +642,8 @@ def parse(argv):
     parser.error = lambda message: parser.exit(2, f"toy.py: error: {message}\n")
     add = parser.add_argument
     add("--out", type=Path, default=ASSETS, help="folder of the model folders (%(default)s)")
-    add("--world", metavar="NAME", help=f"build only what this world needs: {', '.join(WORLDS)}")
+    add("--world", metavar="NAME", help="build what this world needs and --out lacks: "
+        + ", ".join(WORLDS))  # fmt: skip
     add("--horizon", type=int, metavar="H", help="build one more teacher from the clean one: the "
         f"last move it knows, 0 to {MAX_MOVES}")  # fmt: skip
     add("--corruption", type=float, metavar="C", help="with --horizon: share of the moves after H "
@@ -523,7 +652,9 @@ def parse(argv):
     add("--seed", type=int, default=0, help="seed of weights and data (%(default)s)")
     add("--steps", type=int, help="training steps of every stage, for smoke tests")
     add("--threads", type=int, default=1, help="CPU threads; 1 is fastest here (%(default)s)")
-    add("--force", action="store_true", help="overwrite model folders that exist")
+    add("--force", action="store_true", help="overwrite model folders that exist; with "
+        "--world: train its teacher anew")  # fmt: skip
+
     return parser.parse_args(argv)
 
 
@@ -536,15 +667,15 @@ def run(args):
     torch.set_num_threads(args.threads)
     if args.table:
         for forks, moves in ((False, (2, 6, 9, 12)), (True, (1, 2, 4, 6))):
-            chosen = [w for w in WORLDS.values() if bool(w.uncertain) == forks]
+            chosen = [w for w in map(world, SHIPPED) if bool(w.uncertain) == forks]
             names = dict.fromkeys(f.name for w in chosen for f in (w.student, w.teacher))
             print(table([args.out / name for name in names], moves), end="\n\n" * (not forks))
         print()
         return
     h, c = args.horizon, args.corruption
     if h is None and c is None:
-        names = (args.world,) if args.world and world(args.world) else tuple(WORLDS)
-        build(args.out, names=names, seed=args.seed, steps=args.steps, force=args.force)
+        options = {"seed": args.seed, "steps": args.steps, "force": args.force}
+        build_world(args.out, args.world, **options) if args.world else build(args.out, **options)
         return
     if args.world:
         raise ValueError("--world and --horizon/--corruption exclude each other")

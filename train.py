@@ -6,13 +6,15 @@ A teacher grades, token by token, what the student itself wrote.  The step, in s
   2 score      one teacher pass, the trunk: log-prob of every sampled token and    grading.py
                of the student's top-K candidates                                   logprobs.py
   3 mask       which tokens to supervise: all (`opd`), or those before the         teachability.py
-               teacher's margin collapses (`release`, arXiv 2605.13643)            release_rule.py
+               teacher's margin collapses (`release`, arXiv 2605.13643), or as     release_rule.py
+               many elsewhere (`prefix`, `shuffled`, `random`, `std`)              controls.py
     look ahead where the student hesitates, the teacher's confidence one step      lgr.py
                after each candidate, off the trunk's cache (`lgr`, 2605.30833)
   4 weigh      advantage A_t = log p_T(y_t) - log p_S(y_t) + gamma r_t(y_t),
                detached; weights from token counts over all processes
-  5 update     loss = -sum_t weight_t A_t log p_S(y_t), or the divergence over the
-               top tokens of both (`lgr_topk`): student forward and backward
+  5 update     loss = -sum_t weight_t A_t log p_S(y_t), or a divergence of whole    logprobs.py
+               distributions (`rkl`, `fkl`, `jsd`), or over the top tokens of      lgr.py
+               both (`lgr_topk`): student forward and backward
   6 log        one JSON line; now and then an evaluation                           evaluate.py
 
 In expectation over the student's samples the gradient of this loss is that of the reverse KL
@@ -49,6 +51,7 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import controls
 import evaluate
 import grading
 import lgr
@@ -63,19 +66,28 @@ import toy
 class Method:
     """What a `--method` name stands for; every field has a flag that overrides it."""
 
-    objective: str  # pg: policy gradient on the sampled token; topk: reverse KL over top tokens
-    mask: str  # none: supervise every response token; release: up to the release point
-    lookahead: str  # on: add the Lookahead Group Reward
+    objective: str = "pg"  # policy gradient on the sampled token; or one of OBJECTIVES
+    mask: str = "none"  # supervise every response token; release: up to the release point; or
+    # one of controls.CONTROLS: as many tokens elsewhere
+    lookahead: str = "off"  # on: add the Lookahead Group Reward
 
 
+# topk: reverse KL over the top tokens of both; rkl, fkl, jsd: exact, over the whole vocabulary
+OBJECTIVES = ("pg", "topk", *logprobs.DIVERGENCES)
+MASKS = ("none", "release", *controls.CONTROLS)
 METHODS = {
-    "opd": Method(objective="pg", mask="none", lookahead="off"),
-    "release": Method(objective="pg", mask="release", lookahead="off"),
-    "lgr": Method(objective="pg", mask="none", lookahead="on"),
-    "lgr_topk": Method(objective="topk", mask="none", lookahead="on"),
-    "release+lgr": Method(objective="pg", mask="release", lookahead="on"),
-    # To come: the controls of release with the same token budget (prefix, shuffled, random, std);
-    # the exact divergences rkl, fkl, jsd.
+    "opd": Method(),
+    "release": Method(mask="release"),
+    "lgr": Method(lookahead="on"),
+    "lgr_topk": Method(objective="topk", lookahead="on"),
+    "release+lgr": Method(mask="release", lookahead="on"),
+    "prefix": Method(mask="prefix"),
+    "shuffled": Method(mask="shuffled"),
+    "random": Method(mask="random"),
+    "std": Method(mask="std"),
+    "rkl": Method(objective="rkl"),
+    "fkl": Method(objective="fkl"),
+    "jsd": Method(objective="jsd"),
 }
 
 BIG, TINY = 1e18, 1e-30  # "finite" and "positive"
@@ -102,8 +114,8 @@ def number(kind: type, low: float, high: float):
 FLAGS = {
     "what to run": [
         ("--method", "release", "preset", {"choices": list(METHODS)}),
-        ("--objective", None, "overrides the preset", {"choices": ["pg", "topk"]}),
-        ("--mask", None, "overrides the preset", {"choices": ["none", "release"]}),
+        ("--objective", None, "overrides the preset", {"choices": [*OBJECTIVES]}),
+        ("--mask", None, "overrides the preset", {"choices": [*MASKS]}),
         ("--lookahead", None, "overrides the preset", {"choices": ["on", "off"]}),
         ("--out", None, "run folder (default runs/<method>-seed<seed>)", {"metavar": "FOLDER"}),
         ("--seed", 0, "of data order and sampling", {"high": 2**31}),
@@ -137,6 +149,11 @@ FLAGS = {
          {"choices": ["batch", "sequence", "none"]}),
         ("--splitter", "auto", "NLTK's pretrained English Punkt, or an untrained one",
          {"choices": ["auto", "pretrained", "untrained"]}),
+        ("--budget", "release", "of masks prefix, shuffled, random, std: as many tokens of every "
+         "batch as the release rule keeps; own (std): as many as its own change point keeps",
+         {"choices": ["release", "own"]}),
+        ("--prefix-tokens", 0, "of mask prefix: supervise so many tokens of every response, "
+         "whatever the release rule would keep; 0: off", {}),
     ],
     "lookahead": [
         ("--lgr-gamma", 1.0, "weight of the group reward", {}),
@@ -148,6 +165,8 @@ FLAGS = {
         ("--lgr-eps", 1e-6, "added to that deviation", {}),
         ("--lgr-nodes", 4096, "candidates per forward pass: bounds memory", {"low": 1}),
         ("--union-top-k", 20, "of objective topk: tokens from each model", {"low": 1}),
+        ("--jsd-beta", 0.5, "of objective jsd: weight of KL(teacher || mixture)",
+         {"low": 1e-6, "high": 1 - 1e-6}),
     ],
     "optimisation": [
         ("--lr", (1e-3, 1e-5), "AdamW, constant", {"low": TINY}),
@@ -166,6 +185,8 @@ FLAGS = {
     "evaluation and machine": [
         ("--eval-every", (10, 0), "steps between evaluations; 0: only first and last", {}),
         ("--eval-problems", None, "JSONL with answers; toys have theirs", {"metavar": "FILE"}),
+        ("--ood-problems", None, "JSONL with answers of another kind, evaluated first and last, to "
+         "notice forgetting; toys have theirs", {"metavar": "FILE"}),
         ("--eval-count", 200, "problems", {"low": 1}),
         ("--eval-samples", 4, "answers per problem", {"low": 1}),
         ("--device", None, "(default cuda where there is one)", {"choices": ["cpu", "cuda"]}),
@@ -229,15 +250,32 @@ def parse(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
     args.dtype = args.dtype or ("bfloat16" if real_on_gpu else "float32")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU here")
-    if args.objective == "topk" and args.lookahead == "on" and args.lgr_top_k > args.union_top_k:
-        parser.error(
-            f"--lgr-top-k {args.lgr_top_k} exceeds --union-top-k {args.union_top_k}: the union "
-            "must hold the group"
-        )
+    check_combination(parser, args)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.prompts_per_step * args.rollouts_per_prompt < world:
         parser.error(f"--prompts-per-step {args.prompts_per_step} is less than {world} processes")
     return parser, args
+
+
+def check_combination(parser: Parser, args: argparse.Namespace) -> None:
+    """Exit 2 on flags that are fine alone and make no sense together."""
+    lookahead = args.lookahead == "on"
+    if args.objective == "topk" and lookahead and args.lgr_top_k > args.union_top_k:
+        parser.error(
+            f"--lgr-top-k {args.lgr_top_k} exceeds --union-top-k {args.union_top_k}: the union "
+            "must hold the group"
+        )
+    if args.objective in logprobs.DIVERGENCES and lookahead:
+        parser.error(
+            f"--objective {args.objective} has no place for the reward of --lookahead on; "
+            "pg and topk have"
+        )
+    if args.prefix_tokens and args.mask != "prefix":
+        parser.error(f"--prefix-tokens {args.prefix_tokens} needs --mask prefix, not {args.mask}")
+    if args.budget == "own" and args.mask != "std":
+        parser.error(f"--budget own needs --mask std, not {args.mask}")
+    if args.ood_problems and args.problems and not args.eval_problems:
+        parser.error(f"--ood-problems {args.ood_problems} needs --eval-problems")
 
 
 # --------------------------------------------------------------------- which rows, which numbers
@@ -313,7 +351,7 @@ def token_weights(
 
 
 class StudentLogProbs(torch.nn.Module):
-    """The student's forward as training needs it: ids in, log-probs of wanted tokens out.
+    """The student's forward as training needs it: ids in, log-probs or divergences out.
 
     DDP hooks the forward of what it wraps, so backbone and chunked head must both be in here.
     """
@@ -322,14 +360,20 @@ class StudentLogProbs(torch.nn.Module):
         super().__init__()
         self.model, self.vocab_size, self.temperature = model, vocab_size, temperature
 
-    def forward(self, ids_BT, mask_BT, candidates_BTK=None):
+    def forward(self, ids_BT, mask_BT, candidates_BTK=None, divergence=None):
         """Log-probs [B, T] of the tokens, or [B, T, K] of candidates in their places, in nats at
-        the sampling temperature, 0 outside `mask_BT`."""
+        the sampling temperature; with `divergence`, (kind, beta, the teacher's hidden states and
+        head), that divergence [B, T] from the teacher. 0 outside `mask_BT`."""
         hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
+        head_VD = self.model.get_output_embeddings().weight
+        how = {"mask_BT": mask_BT, "vocab_size": self.vocab_size, "temperature": self.temperature}
+        if divergence is not None:
+            kind, beta, *teachers = divergence
+            return logprobs.token_divergence(
+                hidden_BTD, head_VD, *teachers, kind=kind, beta=beta, **how
+            )
         return logprobs.token_logprobs(
-            hidden_BTD, self.model.get_output_embeddings().weight, ids_BT,
-            candidates_BTK=candidates_BTK, mask_BT=mask_BT, vocab_size=self.vocab_size,
-            temperature=self.temperature,
+            hidden_BTD, head_VD, ids_BT, candidates_BTK=candidates_BTK, **how
         )
 
 
@@ -352,25 +396,31 @@ def policy_gradient_loss(
     return -(weight_BT * torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)).sum()
 
 
-def micro_batch_loss(student, batch, grades, advantage_BT, weight_BT, args) -> torch.Tensor:
-    """The objective on some rows, a scalar: the policy gradient, or (`topk`) the reverse KL over
-    the union of both models' top tokens with the lookahead reward inside."""
+def micro_batch_loss(student, batch, grades, advantage_BT, weight_BT, args, teacher_head_VE):
+    """The objective on some rows, a scalar: the policy gradient; or an exact divergence; or
+    (`topk`) the reverse KL over both models' top tokens with the lookahead reward inside."""
+    divergence = None
+    if args.objective in logprobs.DIVERGENCES:
+        divergence = (args.objective, args.jsd_beta, grades.hidden_BTD, teacher_head_VE)
     with autocast(args):
-        logp = student(batch.ids_BT, grades.choice.keep_BT, grades.union_BTU)
+        out = student(batch.ids_BT, grades.choice.keep_BT, grades.union_BTU, divergence)
+    if divergence is not None:
+        return (weight_BT * out).sum()
     if args.objective == "topk":
         reward_BTU = None
         if grades.ahead is not None:  # the group is the first of the student's, which come first
             reward_BTU = torch.zeros_like(grades.union_logp_BTU)
             reward_BTU[..., : args.lgr_top_k] = args.lgr_gamma * grades.ahead.reward_BTK
-        loss_BT = lgr.topk_loss(logp, grades.union_logp_BTU, grades.union_valid_BTU, reward_BTU)
+        loss_BT = lgr.topk_loss(out, grades.union_logp_BTU, grades.union_valid_BTU, reward_BTU)
         return (weight_BT * loss_BT).sum()
     behaviour_BT = batch.logp_BT if args.updates_per_rollout > 1 else None
     clip = (args.clip_low, args.clip_high)
-    return policy_gradient_loss(logp, advantage_BT, weight_BT, behaviour_BT, clip)
+    return policy_gradient_loss(out, advantage_BT, weight_BT, behaviour_BT, clip)
 
 
-def update(student, optimizer, batch, grades, advantage_BT, weight_BT, args):
+def update(student, optimizer, batch, grades, advantage_BT, weight_BT, args, teacher_head_VE=None):
     """Phase 5: one optimizer step over micro-batches; returns (loss over all ranks, grad norm).
+    The exact divergences need the teacher's head.
 
     Columns after the last kept token are cut off before the forward: attention is causal, so what
     was released costs nothing.  Rows without a kept token are left out too, but every process runs
@@ -391,7 +441,7 @@ def update(student, optimizer, batch, grades, advantage_BT, weight_BT, args):
         wait = contextlib.nullcontext() if last or world == 1 else student.no_sync()
         with wait:
             own = [grading.pick(x, rows, used) for x in (batch, grades, advantage_BT, weight_BT)]
-            loss = micro_batch_loss(student, *own, args)
+            loss = micro_batch_loss(student, *own, args, teacher_head_VE)
             (loss * world).backward()  # DDP averages over ranks; the weights already count all
         local_loss += loss.item()
     limit = args.clip_grad if args.clip_grad > 0 else math.inf
@@ -424,6 +474,8 @@ class Run:
     prompts: list[list[int]]
     eval_problems: list[dict]
     eval_prompts: list[list[int]]
+    ood_problems: list[dict]
+    ood_prompts: list[list[int]]
     stop_ids: list[int] = ()
     model: object = None  # the student, a Hugging Face model
     student: object = None  # StudentLogProbs around it, within DDP when there are several processes
@@ -449,7 +501,8 @@ class Stopwatch:
 
 def candidates_needed(args) -> dict[str, int]:
     """How many of the student's most likely tokens the later phases look at, by flag."""
-    needed = {"--margin-top-k": args.margin_top_k} if args.mask == "release" else {}
+    margin = "margin" in grading.signals(args)
+    needed = {"--margin-top-k": args.margin_top_k} if margin else {}
     needed |= {"--lgr-top-k": args.lgr_top_k} if args.lookahead == "on" else {}
     return needed | ({"--union-top-k": args.union_top_k} if args.objective == "topk" else {})
 
@@ -492,6 +545,9 @@ def train_step(run: Run, step: int) -> dict:
         lap=watch.lap,
     )
 
+    if grading.spends_budget(args):
+        grades.keep_only(spend_elsewhere(run, batch, grades.choice, step))
+        watch.lap("mask")
     mask_BT, keep_BT = batch.response_mask_BT, grades.choice.keep_BT
     advantage_BT = grades.logp_BT - batch.logp_BT
     reverse_kl = -(advantage_BT * mask_BT).sum().item()
@@ -502,13 +558,30 @@ def train_step(run: Run, step: int) -> dict:
     sums = {"reverse_kl": reverse_kl} | batch_sums(batch, grades)
     sums = dict(zip(sums, sum_over_ranks(list(sums.values()), mask_BT.device), strict=True))
     weight_BT = token_weights(mask_BT, keep_BT, args.rescale, sums["tokens"], sums["kept_tokens"])
+    head_VE = run.teacher.get_output_embeddings().weight
     for _ in range(args.updates_per_rollout):
         loss, norm = update(
-            run.student, run.optimizer, batch, grades, advantage_BT, weight_BT, args
+            run.student, run.optimizer, batch, grades, advantage_BT, weight_BT, args, head_VE
         )
         run.scheduler.step()
     watch.lap("update")
     return log_line(step, loss, norm, sums, watch.seconds, args)
+
+
+def spend_elsewhere(run: Run, batch, choice: grading.Supervision, step: int) -> torch.Tensor:
+    """Phase 3 for a control: the keep mask [B, T] of this process's rows, which over all processes
+    holds as many tokens as the release rule's, `choice`."""
+    mask_BT = batch.response_mask_BT
+    count_B3 = torch.stack([mask_BT.sum(1), choice.keep_BT.sum(1), choice.wanted_B], dim=1).cpu()
+    parts = [count_B3]
+    if run.world > 1:
+        parts = [None] * run.world
+        dist.all_gather_object(parts, count_B3)
+    return controls.spend(
+        run.args.mask, mask_BT, *torch.cat(parts).unbind(1),
+        first_row=sum(map(len, parts[: run.rank])),
+        generator=row_generator(run.args.seed, CONTROL_STREAM + step, 0, 0),
+    )  # fmt: skip
 
 
 def repeated_ngrams(ids_T: torch.Tensor, n: int = 4) -> tuple[int, int]:
@@ -612,27 +685,24 @@ def log_line(step: int, loss: float, norm: float, sums: dict, seconds: dict, arg
     }
 
 
-def evaluate_student(run: Run, step: int) -> dict:
-    """mean@n on the held-out problems, shared over all processes.
-
-    Every evaluation uses the same uniform numbers, so that two of them differ by the student only.
-    """
-    args, start = run.args, time.perf_counter()
-    mine = my_share(len(run.eval_problems), run.rank, run.world)
+def answers(run: Run, problems: list, prompts: list, stream: int) -> list[list[dict]]:
+    """The student's graded answers to held-out problems, sampled by all processes together."""
+    args = run.args
+    mine = my_share(len(problems), run.rank, run.world)
     first_row = mine.start * args.eval_samples
     with autocast(args):
         records = evaluate.sample_answers(
             run.model,
             run.tokenizer,
-            run.eval_problems[mine.start : mine.stop],
-            run.eval_prompts[mine.start : mine.stop],
+            problems[mine.start : mine.stop],
+            prompts[mine.start : mine.stop],
             samples=args.eval_samples,
             max_new_tokens=args.max_new_tokens,
             temperature=1.0,
             stop_ids=run.stop_ids,
             pad_id=run.pad_id,
             batch_size=args.sample_batch,
-            generator=row_generator(0, EVALUATION_STREAM, first_row, args.max_new_tokens),
+            generator=row_generator(0, stream, first_row, args.max_new_tokens),
             vocab_size=run.vocab_size,
             progress=False,
         )
@@ -640,15 +710,32 @@ def evaluate_student(run: Run, step: int) -> dict:
         shares = [None] * run.world
         dist.all_gather_object(shares, records)
         records = [record for share in shares for record in share]
+    return records
+
+
+def evaluate_student(run: Run, step: int) -> dict:
+    """mean@n on the held-out problems; first and last on the out-of-domain ones, too.
+
+    Every evaluation uses the same uniform numbers, so that two of them differ by the student only.
+    """
+    args, start = run.args, time.perf_counter()
+    records = answers(run, run.eval_problems, run.eval_prompts, EVALUATION_STREAM)
     summary = evaluate.summarise(records)
     uncertain = toy.world(args.toy).uncertain
     if uncertain and args.problems is None and args.eval_problems is None:
         texts = [record["text"] for samples in records for record in samples]
         summary["uncertain_wording"] = toy.wording_share(texts, uncertain)
+    if run.ood_problems and step in (0, args.steps):
+        ood = evaluate.summarise(
+            answers(run, run.ood_problems, run.ood_prompts, EVALUATION_STREAM + 1)
+        )
+        names = ("accuracy", "accuracy_low", "accuracy_high", "problems")
+        summary["ood"] = {name: ood[name] for name in names}
     return {"step": step, **summary, "seconds": {"evaluate": round(time.perf_counter() - start, 4)}}
 
 
-EVALUATION_STREAM = 2**23  # of `row_generator`; training steps use 0, 1, 2, ...
+# Of `row_generator`; training steps use 0, 1, 2, ...
+EVALUATION_STREAM, CONTROL_STREAM = 2**23, 2**22
 
 
 # ------------------------------------------------------------------------------------------ set-up
@@ -673,7 +760,7 @@ def common_vocabulary(student_tokenizer, teacher_tokenizer) -> int:
     return size
 
 
-def load_prompts(args, tokenizer, path: str | None, split: str) -> tuple[list, list]:
+def load_prompts(args, tokenizer, path: str | None, split: str, task="dial") -> tuple[list, list]:
     """Problems of a file or of the toy world, and their prompts in the student's template, which
     the teacher reads too: two templates would be two prompts."""
     if path is not None:
@@ -682,7 +769,8 @@ def load_prompts(args, tokenizer, path: str | None, split: str) -> tuple[list, l
         count = args.eval_count if split == "test" else 4096
         seed = 0 if split == "test" else args.seed
         problems = evaluate.from_records(
-            toy.problems(count, moves=args.difficulty, split=split, seed=seed), where="toy"
+            toy.problems(count, moves=args.difficulty, split=split, seed=seed, task=task),
+            where="toy",
         )
     if split == "test":
         problems = problems[: args.eval_count]
@@ -708,18 +796,23 @@ def prepare(args, rank: int, world: int) -> Run:
     eval_problems, eval_prompts = [], []
     if args.eval_problems is not None or args.problems is None:
         eval_problems, eval_prompts = load_prompts(args, tokenizer, args.eval_problems, "test")
-    for problem, prompt in zip(problems + eval_problems, prompts + eval_prompts, strict=True):
+    ood_problems, ood_prompts = [], []
+    if args.ood_problems is not None or (args.problems is None and args.eval_problems is None):
+        ood_problems, ood_prompts = load_prompts(
+            args, tokenizer, args.ood_problems, "test", task="reverse"
+        )
+    all_problems = problems + eval_problems + ood_problems
+    all_prompts = prompts + eval_prompts + ood_prompts
+    for problem, prompt in zip(all_problems, all_prompts, strict=True):
         if max(prompt) >= vocab_size:
             raise ValueError(
                 f"{problem['where']}: the prompt holds {tokenizer.decode([max(prompt)])!r}, which "
                 f"is not among the {vocab_size} tokens that --student and --teacher share"
             )
     for config in configs.values():
-        evaluate.check_fit(
-            config, problems + eval_problems, prompts + eval_prompts, args.max_new_tokens
-        )
+        evaluate.check_fit(config, all_problems, all_prompts, args.max_new_tokens)
     splitter, splitter_name = None, None
-    if args.mask == "release":
+    if grading.signals(args):
         try:
             splitter, splitter_name = teachability.sentence_splitter(args.splitter, download=True)
         except LookupError as error:
@@ -728,6 +821,7 @@ def prepare(args, rank: int, world: int) -> Run:
         args=args, rank=rank, world=world, tokenizer=tokenizer, splitter=splitter,
         splitter_name=splitter_name, vocab_size=vocab_size, pad_id=evaluate.pad_id(tokenizer),
         prompts=prompts, eval_problems=eval_problems, eval_prompts=eval_prompts,
+        ood_problems=ood_problems, ood_prompts=ood_prompts,
     )
 
 
@@ -779,6 +873,7 @@ def describe(run: Run) -> dict:
         "sentence_splitter": run.splitter_name,
         "training_problems": len(run.prompts),
         "evaluation_problems": len(run.eval_problems),
+        "ood_problems": len(run.ood_problems),
         "commit": commit or None,
         "device": device or platform.machine(),
         "threads": torch.get_num_threads(),
@@ -916,6 +1011,9 @@ def main(argv: list[str] | None = None) -> None:
                 "step {step}: mean@{samples} {accuracy:.3f}, 95% interval {accuracy_low:.3f} to "
                 "{accuracy_high:.3f}, {problems} problems".format(**line)
             )
+        ood = [line["ood"]["accuracy"] for line in evaluations if "ood" in line]
+        if ood:
+            print(f"out of domain: {ood[0]:.3f} before, {ood[-1]:.3f} after")
         print(f"wrote {out}/config.json, log.jsonl, student/")
     if dist.is_initialized():
         dist.barrier()  # nobody leaves before rank 0 has saved

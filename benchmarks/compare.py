@@ -1,132 +1,400 @@
-r"""Methods x toy worlds x seeds: the real `train.py`, run to run, and a table of what came out.
+r"""The evidence: methods x toy worlds x seeds, every run the real `train.py`, and what came of it.
 
-    python benchmarks/compare.py                     the README's first table
-    python benchmarks/compare.py --worlds horizon --methods release --seeds 0 1 2 \
-        --runs runs/long --out results/long -- --steps 100 --eval-every 20        its second
-    python benchmarks/compare.py --worlds fork fork-mirror --methods opd lgr lgr_topk release+lgr \
-        --out results/fork                                                        the forks
-    python benchmarks/compare.py --worlds fork --methods lgr --vary lgr-gamma 0 0.1 0.3 1 3 10 \
-        --out results/gamma                                                       one flag varied
+    python benchmarks/compare.py                       every table and figure of the README
+    python benchmarks/compare.py --quick               two seeds of the first table's core, minutes
+    python benchmarks/compare.py --only difficulty     one experiment (names: EXPERIMENTS, below)
+    python benchmarks/compare.py --worlds fork --methods opd lgr --vary lgr-gamma 0 1 2 \
+        --seeds 0 1 2 --out runs/mine -- --steps 60    a comparison of your own
 
-Every run is a process of its own in runs/compare/<world>-<method>-seed<n>; finished ones are not
-run again, so an interrupted comparison goes on where it stopped.  Writes results/compare.json
-(every run and every evaluation) and results/compare.md (the table: mean ± standard error over
-seeds; shares averaged over steps and seeds, the uncertain wording and the repetition at the end).
-The last line printed is JSON.  All runs see the same held-out problems and the same uniform
-numbers there.
+Every run is a process of its own in runs/compare; finished ones are not run again, so that an
+interrupted comparison goes on where it stopped, and experiments share runs. Worlds whose weights
+do not come with the repository are built first (toy.py). Writes into results/:
+
+    compare.json   every run, seed and evaluation
+    compare.md     a table per experiment
+    *.png          the figures, if matplotlib is there (figures.py)
+
+The last line printed is JSON. Columns of the tables, all over seeds of the training run:
+
+    accuracy       mean@4 at temperature 1 on 200 held-out problems after training ± standard error
+    each seed      the same, seed by seed
+    - opd          difference to `opd` of the same world, difficulty and seed: mean and 95% t
+                   interval. Both saw the same prompts and the same random numbers
+    supervised     share of the response tokens that were supervised, mean over training
+    second task    accuracy on problems of another kind, before and after: forgetting
+    fired          share of the rollouts that the rule, or std's own change point, cut short
+    wording        share of moves worded so that the teacher is unsure, at the end (forks)
+
+All runs are evaluated on the same problems with the same uniform random numbers, so the intervals
+tell how much training runs differ, not how much problem sets do (for that, see the bootstrap
+intervals of every evaluation in compare.json).
 """
 
 import argparse
-import itertools
 import json
+import multiprocessing
+import os
 import platform
+import shutil
 import statistics
-import subprocess
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import figures  # noqa: E402
+
+import toy  # noqa: E402
 
 
-def run(
-    world: str, method: str, seed: int, variant: list[str], place: Path, extra: list[str]
-) -> dict:
-    """One training run, or what is left of it from an earlier call."""
-    name = "-".join([method, *(word.lstrip("-") for word in variant)])
-    folder = place / f"{world}-{name}-seed{seed}"
-    if not (folder / "student").exists():
-        command = [sys.executable, ROOT / "train.py", "--toy", world, "--method", method]
-        command += ["--seed", str(seed), "--out", folder, *variant, *extra]
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{folder.name}: exit {done.returncode}\n{done.stderr[-3000:]}")
+@dataclass(frozen=True)
+class Cell:
+    """What is run once per seed. `curve`: evaluate every 10 steps, not only first and last."""
+
+    world: str
+    method: str
+    flags: tuple[str, ...] = ()
+    moves: int = 0  # 0: the world's own difficulty
+    curve: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its run folders, without the seed."""
+        words = [self.method, *(flag.lstrip("-") for flag in self.flags), f"n{self.difficulty}"]
+        return f"{self.world}/{'-'.join(words)}"
+
+    @property
+    def difficulty(self) -> int:
+        """Moves per problem."""
+        return self.moves or toy.world(self.world).moves
+
+
+def cells(worlds: str, methods: str, *variants: str, moves=(0,), curve=False) -> list[Cell]:
+    """All combinations of names and flag variants, each written as words in a string."""
+    return [
+        Cell(world, method, tuple(variant.split()), n, curve)
+        for world in worlds.split()
+        for n in moves
+        for method in methods.split()
+        for variant in variants or ("",)
+    ]
+
+
+CONTROLS = "prefix shuffled random std"
+EXPERIMENTS = {
+    "methods": (
+        "Methods, controls and baselines",
+        cells("horizon", f"opd release {CONTROLS} rkl fkl jsd lgr release+lgr", curve=True)
+        + cells("varied", f"opd release {CONTROLS}", curve=True)
+        + cells("varied", "std", "--budget own")
+        + cells("fork fork-mirror", "opd lgr lgr_topk release+lgr", curve=True)
+        + cells("clean", "opd release rkl fkl jsd lgr")
+        + cells("confident", "opd release prefix std"),
+    ),
+    "corruption": (
+        "How bad the teacher is after move 6: share of garbled sentences in its training data",
+        cells("clean horizon-0.05 horizon-0.1 horizon-0.2 horizon-0.3 horizon", "opd release"),
+    ),
+    "slips": (
+        "How bad the teacher is after one of two wordings: share of slips in its training data",
+        cells("fork-0.1 fork-0.25 fork fork-1.0", "opd lgr")
+        + cells("fork-0.1 fork-0.25 fork fork-1.0", "lgr", "--lgr-normalize mean --lgr-gamma 4"),
+    ),
+    "difficulty": (
+        "Longer problems: moves, in responses of 11 n + 17 tokens",
+        cells("horizon", "opd release lgr release+lgr", moves=(4, 6, 9, 12))
+        + cells("fork", "opd lgr", moves=(1, 2, 4, 6)),
+    ),
+    "budget": (
+        "How many tokens to supervise: fixed prefixes",
+        cells("horizon varied", "opd release")
+        + cells("horizon", "prefix", *(f"--prefix-tokens {n}" for n in (33, 66, 99)))
+        + cells("varied", "prefix", *(f"--prefix-tokens {n}" for n in (22, 44, 66, 99, 121))),
+    ),
+    "release-flags": (
+        "Flags of the release rule",
+        cells("varied", "opd")
+        + cells("varied", "release", "", *(f"--margin-top-k {k}" for k in (2, 16, 32)))
+        + cells("varied", "release", "--min-segments 1", "--min-segments 4")
+        + cells("varied", "release", "--rescale sequence", "--rescale none"),
+    ),
+    "lgr-flags": (
+        "Flags of the lookahead reward",
+        cells("fork", "opd")
+        + cells("fork", "lgr", "", *(f"--lgr-gamma {g}" for g in (0.1, 0.3, 1.5, 3, 10)))
+        + cells("fork", "lgr", *(f"--lgr-tau {tau}" for tau in (0, 0.05, 0.5, 1)))
+        + cells("fork", "lgr", "--lgr-normalize mean", "--lgr-normalize mean --lgr-gamma 4")
+        + cells("fork", "lgr", "--lgr-eps 0.01"),
+    ),
+    "long": (
+        "A hundred steps (three seeds)",
+        cells("horizon", "release", "--steps 100 --eval-every 20"),
+    ),
+}
+QUICK = cells("horizon", "opd release prefix random", curve=True) + cells("fork", "opd lgr")
+FEW_SEEDS = ("--steps 100 --eval-every 20",)  # too long for five
+
+
+# ------------------------------------------------------------------------------------- the runs
+def build_worlds(names) -> None:
+    """Train the models of the worlds that are not here yet."""
+    for name in dict.fromkeys(names):
+        world = toy.world(name)
+        if not all((folder / "config.json").exists() for folder in (world.student, world.teacher)):
+            print(f"building the world {name}", flush=True)
+            if toy.main(["--world", name]):
+                sys.exit(f"could not build the world {name}")
+
+
+def flags_of(cell: Cell, seed: int, folder: Path, extra: list[str]) -> list[str]:
+    """The command line of `train.py` for one run."""
+    argv = ["--toy", cell.world, "--method", cell.method, "--difficulty", str(cell.difficulty)]
+    argv += [] if cell.curve or "--eval-every" in cell.flags else ["--eval-every", "0"]
+    return [*argv, "--seed", str(seed), "--out", str(folder), *cell.flags, *extra]
+
+
+def train_here(argv: list[str], log: Path) -> None:
+    """In a process of its own: `train.py` with these flags, its output in a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import train
+
+    train.main(argv)
+
+
+def run_all(todo: list[tuple[Cell, int]], place: Path, jobs: int, extra: list[str]) -> None:
+    """Run what is not finished, `jobs` processes at a time, with one progress bar.
+
+    The processes are forked from one that has imported `train` and done nothing else: importing
+    PyTorch and transformers anew would take a fifth of the time.
+    """
+    missing = []
+    for cell, seed in todo:
+        folder = place / f"{cell.name}-seed{seed}"
+        if not (folder / "student").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
+            argv = flags_of(cell, seed, folder, extra)
+            missing.append((argv, folder.with_name(folder.name + ".txt")))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        running = {pool.submit(train_here, *task): task for task in missing}
+        bar = tqdm(as_completed(running), total=len(running), unit="run", smoothing=0)
+        for future in bar:
+            argv, log = running[future]
+            try:
+                future.result()
+            except BaseException as error:
+                pool.shutdown(cancel_futures=True)
+                tail = log.read_text()[-3000:] if log.exists() else ""
+                sys.exit(f"train.py {' '.join(argv)}\n{tail}\n{type(error).__name__}: {error}")
+
+
+def summary(cell: Cell, seed: int, place: Path) -> dict:
+    """What one finished run says of itself."""
+    folder = place / f"{cell.name}-seed{seed}"
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     config = json.loads((folder / "config.json").read_text())
     training = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "accuracy" in line]
+    rollouts = config["flags"]["prompts_per_step"] * config["flags"]["rollouts_per_prompt"]
+
+    def mean(key: str) -> float | None:
+        values = [line[key] for line in training if line.get(key) is not None]
+        return statistics.mean(values) if values else None
+
     return {
-        "world": world,
-        "method": " ".join([method, *variant]),
+        "world": cell.world,
+        "method": cell.method,
+        "flags": list(cell.flags),
+        "moves": cell.difficulty,
         "seed": seed,
-        "accuracy": {
-            line["step"]: [line["accuracy"], line["accuracy_low"], line["accuracy_high"]]
-            for line in evaluations
-        },
+        "steps": [line["step"] for line in evaluations],
+        **{k: [e[k] for e in evaluations] for k in ("accuracy", "accuracy_low", "accuracy_high")},
+        "ood": [line["ood"]["accuracy"] for line in evaluations if "ood" in line],
         "uncertain_wording": evaluations[-1].get("uncertain_wording"),
+        **{k: mean(k) for k in ("kept", "fired", "release_at", "bic_gain_over_6", "triggered")},
+        "supervised_tokens": mean("kept_tokens") / rollouts,
+        "flat_groups": mean("flat_groups"),
         "repeated_4grams": training[-1]["repeated_4grams"],
-        "kept": statistics.mean(line["kept"] for line in training),
-        "fired": statistics.mean(line["fired"] for line in training),
-        "bic_gain_over_6": statistics.mean(line["bic_gain_over_6"] for line in training),
-        "seconds_per_step": statistics.mean(line["seconds"]["total"] for line in training),
+        "response_tokens": training[-1]["response_tokens"],
+        "truncated": training[-1]["truncated"],
         "seconds": sum(x["seconds"].get("total", x["seconds"].get("evaluate")) for x in lines),
         "commit": config["commit"],
     }
 
 
-def mean_and_error(values: list[float]) -> str:
-    """Mean +- standard error over seeds."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+# ------------------------------------------------------------------------------------ the tables
+def label(run: dict) -> str:
+    """The method with its flags, as one would type it."""
+    return " ".join([run["method"], *run["flags"]])
 
 
-def table(results: list[dict]) -> str:
-    """One Markdown row per world and method; a column per evaluated step, every seed at the end."""
-    groups: dict[tuple, list[dict]] = {}
-    for result in results:
-        groups.setdefault((result["world"], result["method"]), []).append(result)
-    steps = list(results[0]["accuracy"])
-    shares = {"fired": "fired", "gain > 6": "bic_gain_over_6", "kept": "kept"}
-    if all(result["world"].startswith("fork") for result in results):
-        shares = {"uncertain wording": "uncertain_wording", "repeated 4-grams": "repeated_4grams"}
-    head = ["world", "method", *(f"step {s}" for s in steps), "each seed at the end", *shares]
-    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for (world, method), group in groups.items():
-        curve = [mean_and_error([r["accuracy"][s][0] for r in group]) for s in steps]
-        last = ", ".join(f"{r['accuracy'][steps[-1]][0]:.3f}" for r in group)
-        seen = []
-        for key in shares.values():  # a model that writes no move at all has no wording
-            known = [r[key] for r in group if r[key] is not None]
-            seen.append(f"{statistics.mean(known):.2f}" if known else "-")
-        rows.append("| " + " | ".join([world, method, *curve, last, *seen]) + " |")
-    return "\n".join(rows)
+def paired(group: list[dict], runs: list[dict]) -> list[float]:
+    """Final accuracy minus that of `opd` in the same world, at the same difficulty and seed."""
+    world, moves = group[0]["world"], group[0]["moves"]
+    base = {
+        run["seed"]: run["accuracy"][-1]
+        for run in runs
+        if (run["world"], run["moves"], run["method"], run["flags"]) == (world, moves, "opd", [])
+    }
+    return [run["accuracy"][-1] - base[run["seed"]] for run in group if run["seed"] in base]
 
 
-def main() -> None:
+def three(value: float) -> str:
+    """.901, -.020, 1.000."""
+    text = f"{value:.3f}"
+    return text.replace("0.", ".", 1) if abs(value) < 0.9995 else text
+
+
+def row(group: list[dict], runs: list[dict]) -> list[str]:
+    """The cells of one row of a table; `group`: the seeds of one cell."""
+    final = [run["accuracy"][-1] for run in group]
+    accuracy = three(statistics.mean(final))
+    if len(final) > 1:
+        accuracy += f" ± {three(statistics.stdev(final) / len(final) ** 0.5)}"
+    difference = "-"
+    differences = paired(group, runs) if group[0]["method"] != "opd" else []
+    if len(differences) > 1:
+        mean, half = figures.statistics_of(differences)
+        difference = f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+    def average(key: str) -> str:
+        known = [run[key] for run in group if run[key] is not None]
+        return f"{statistics.mean(known):.2f}" if known else "-"
+
+    ood = [run["ood"] for run in group if run["ood"]]
+    second = " → ".join(three(statistics.mean(x)) for x in zip(*ood, strict=True)) or "-"
+    each = " ".join(map(three, final))
+    where = [group[0]["world"], str(group[0]["moves"]), label(group[0])]
+    signs = [average(key) for key in ("kept", "fired", "uncertain_wording")]
+    return [*where, accuracy, each, difference, signs[0], second, *signs[1:]]
+
+
+def table(runs: list[dict], wanted: list[Cell]) -> str:
+    """Markdown; a row per cell that has runs. Columns without a figure are left out."""
+    head = ["world", "moves", "method", "accuracy", "each seed", "- opd", "supervised"]
+    head += ["second task", "fired", "wording"]
+    rows = []
+    for cell in dict.fromkeys((c.world, c.method, c.flags, c.difficulty) for c in wanted):
+        group = [
+            r for r in runs if (r["world"], r["method"], tuple(r["flags"]), r["moves"]) == cell
+        ]
+        if group:
+            rows.append(row(sorted(group, key=lambda r: r["seed"]), runs))
+    used = [any(r[i] != "-" for r in rows) for i in range(len(head))]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(x for x, keep in zip(line, used, strict=True) if keep) + " |"
+        for line in lines
+    )
+
+
+# ------------------------------------------------------------------------------------------ main
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=[*EXPERIMENTS], help="these experiments")
+    add("--quick", action="store_true", help="two seeds of a few runs, into runs/quick")
+    add("--worlds", nargs="+", choices=[*toy.WORLDS], help="of a comparison of your own")
+    add("--methods", nargs="+", default=["opd", "release"], help="of a comparison of your own")
+    add("--vary", nargs="+", metavar=("FLAG", "VALUE"), help="of train.py, in your own comparison")
+    add("--seeds", nargs="+", type=int, help="default 0 1 2 3 4")
+    add("--jobs", type=int, default=min(2, os.cpu_count()), help="processes (%(default)s)")
+    add("--runs", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER")
+    add("--out", type=Path, metavar="FOLDER", help="default results")
+    add("extra", nargs="*", help="after --: more flags for every train.py")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, not {args.jobs}")
+    if args.vary and not args.worlds:
+        parser.error("--vary needs --worlds")
+    if (args.worlds or args.extra) and args.out is None:
+        parser.error("a comparison of your own needs --out, so as not to overwrite results/")
+    if args.extra and args.runs == ROOT / "runs" / "compare":
+        args.runs = args.out / "runs"  # other flags, other runs
+    return args
+
+
+def choose(args) -> tuple[dict[str, tuple[str, list[Cell]]], list[int]]:
+    """The experiments by name, each with its title and cells, and the seeds."""
+    seeds = args.seeds or [0, 1, 2, 3, 4]
+    if args.worlds:
+        flag, *values = args.vary or [""]
+        variants = [f"--{flag} {value}" for value in values]
+        own = cells(" ".join(args.worlds), " ".join(args.methods), *variants, curve=True)
+        return {"own": ("A comparison of your own", own)}, seeds
+    if args.quick:
+        args.out = args.out or ROOT / "runs" / "quick"
+        return {"quick": ("A quick look", QUICK)}, args.seeds or [0, 1]
+    names = args.only or EXPERIMENTS
+    return {name: EXPERIMENTS[name] for name in names}, seeds
+
+
+def list_runs(experiments, seeds) -> list[tuple[Cell, int]]:
+    """Every run once; where experiments share one, the one that evaluates more often."""
+    wanted = {}
+    for _, members in experiments.values():
+        for cell in members:
+            few = any(" ".join(cell.flags) == flags for flags in FEW_SEEDS)
+            for seed in seeds[:3] if few else seeds:
+                known = wanted.get((cell.name, seed))
+                if known is None or (cell.curve and not known[0].curve):
+                    wanted[cell.name, seed] = (cell, seed)
+    return list(wanted.values())
+
+
+def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--worlds", nargs="+", default=["horizon", "clean"])
-    parser.add_argument("--methods", nargs="+", default=["release", "opd"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--vary", nargs="+", metavar=("FLAG", "VALUE"), help="of train.py")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "compare", metavar="STEM")
-    parser.add_argument("extra", nargs="*", help="after --: more flags for every train.py")
-    args = parser.parse_args()
-    results = []
-    flag, *values = args.vary or [""]
-    variants = [[f"--{flag}", value] for value in values] or [[]]
-    todo = itertools.product(args.worlds, args.methods, variants, args.seeds)
-    for world, method, variant, seed in tqdm(list(todo), unit="run"):
-        results.append(run(world, method, seed, variant, args.runs, args.extra))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args = parse(argv)
+    experiments, seeds = choose(args)
+    out = args.out or ROOT / "results"
+    todo = list_runs(experiments, seeds)
+    build_worlds(cell.world for cell, _ in todo)
+    start = time.perf_counter()
+    run_all(todo, args.runs, args.jobs, args.extra)
+    runs = [summary(cell, seed, args.runs) for cell, seed in todo]
+    out.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": " ".join(["python benchmarks/compare.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, 1 thread per run",
-        "minutes": round(sum(result["seconds"] for result in results) / 60, 1),
-        "runs": results,
+        "command": " ".join(["python benchmarks/compare.py", *(argv or sys.argv[1:])]),
+        "machine": f"{platform.machine()}, {args.jobs} runs at a time, 1 thread each",
+        "python": platform.python_version(),
+        "commits": sorted({str(run["commit"]) for run in runs}),
+        "minutes_of_this_call": round((time.perf_counter() - start) / 60, 1),
+        "minutes_of_all_runs": round(sum(run["seconds"] for run in runs) / 60, 1),
+        "experiments": {name: title for name, (title, _) in experiments.items()},
+        "runs": runs,
     }
-    args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(table(results) + "\n")
-    print(table(results))
-    final = {
-        f"{r['world']}/{r['method']}/{r['seed']}": list(r["accuracy"].values())[-1][0]
-        for r in results
-    }
-    print(json.dumps(final))
+    (out / "compare.json").write_text(json.dumps(record, indent=1) + "\n")
+    parts = [
+        f"## {title}\n\n`--only {name}`\n\n{table(runs, members)}\n"
+        for name, (title, members) in experiments.items()
+    ]
+    (out / "compare.md").write_text("\n".join(parts))
+    print("\n".join(parts))
+    drawn = []
+    try:
+        drawn = figures.draw(record, out)
+    except ImportError as error:
+        print(f"no figures: {error}")
+    print(f"wrote {out}/compare.json, compare.md and {len(drawn)} figures")
+    print(
+        json.dumps(
+            {
+                f"{r['world']}/{r['moves']}/{label(r)}/{r['seed']}": round(r["accuracy"][-1], 5)
+                for r in runs
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ LEAVES = {  # the only packages that each may import besides the standard librar
     "logprobs.py": {"torch"},
     "rollout.py": {"torch"},
     "lgr.py": {"torch"},
+    "controls.py": {"torch"},
 }
 
 

@@ -1,5 +1,7 @@
 """logprobs against full-logit float64 references, in value, gradient and memory."""
 
+import math
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -7,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import logprobs
 
-B, T, V, D, K = 3, 9, 23, 6, 4
+B, T, V, D, E, K = 3, 9, 23, 6, 5, 4
+KINDS = [("rkl", 0.5), ("fkl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.8)]
 
 
 def case(dtype=torch.float64, seed=0, length=T):
@@ -244,3 +247,362 @@ def test_autocast_reads_a_float32_model_in_bfloat16():
     assert logp.dtype == torch.float32 and weight.grad.dtype == torch.float32
     exact = torch.log_softmax(model(ids).logits[:, :-1], -1).gather(2, ids[:, 1:, None])[..., 0]
     assert 0 < (logp[:, 1:] - exact).abs().max() < 0.2
+
+
+# token_divergence
+
+
+def pair(dtype=torch.float64, seed=0, length=T, rows=V, teacher_rows=V):
+    """Student and teacher of different widths: hidden, head, teacher hidden, teacher head; mask."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(B, length, D), (rows, D), (B, length, E), (teacher_rows, E)]
+    models = [torch.randn(shape, dtype=dtype, generator=g) for shape in shapes]
+    return models, torch.rand(B, length, generator=g) < 0.6
+
+
+def naive_divergence(h, w, th, tw, kind, beta=0.5, vocab_size=None, temperature=1.0):
+    """By autograd through full logits, in probabilities, not log-probabilities: [B, T-1]."""
+    p = torch.softmax(h[:, :-1] @ w[:vocab_size].T / temperature, dim=-1)
+    q = torch.softmax(th[:, :-1] @ tw[:vocab_size].T, dim=-1).detach()
+    m = beta * q + (1 - beta) * p
+    return {
+        "rkl": lambda: (p * (p / q).log()).sum(-1),
+        "fkl": lambda: (q * (q / p).log()).sum(-1),
+        "jsd": lambda: beta * (q * (q / m).log()).sum(-1)
+        + (1 - beta) * (p * (p / m).log()).sum(-1),
+    }[kind]()
+
+
+def test_divergence_kinds():
+    assert logprobs.DIVERGENCES == ("rkl", "fkl", "jsd")
+
+
+@pytest.mark.parametrize("kind, beta", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("rows, teacher_rows, vocab_size", [(V, V, None), (V, 19, 15), (20, V, 20)])
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+def test_divergence_value_and_gradient_equal_full_logits(
+    kind, beta, temperature, rows, teacher_rows, vocab_size, chunk
+):
+    (*student, th, tw), mask = pair(rows=rows, teacher_rows=teacher_rows)
+    upstream = torch.randn(B, T, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for ours in (True, False):
+        h, w = (x.clone().requires_grad_() for x in student)
+        if ours:
+            kl = logprobs.token_divergence(
+                h, w, th, tw, mask_BT=mask, kind=kind, beta=beta, vocab_size=vocab_size,
+                temperature=temperature, chunk=chunk,
+            )
+            assert kl.dtype == torch.float64 and (kl[:, 0] == 0).all() and (kl[~mask] == 0).all()
+        else:
+            full = naive_divergence(h, w, th, tw, kind, beta, vocab_size, temperature)
+            kl = torch.cat([full.new_zeros(B, 1), full * mask[:, 1:]], dim=1)
+        (kl * upstream).sum().backward()
+        results.append((kl.detach(), h.grad, w.grad))
+    for mine, reference in zip(*results, strict=True):
+        assert torch.allclose(mine, reference, rtol=1e-11, atol=1e-11)
+
+
+def test_divergence_by_hand_and_its_defaults():
+    """p = (3/4, 1/4), q = (1/2, 1/2); reverse KL, unless said otherwise; both sides of jsd."""
+    hidden = torch.ones(1, 2, 1, dtype=torch.float64)
+    p, q = (torch.tensor(x, dtype=torch.float64).log()[:, None] for x in ([3, 1], [1, 1]))
+    ln = math.log
+    m = 0.2 * 0.5 + 0.8 * 0.75  # of the first token
+    expected = {
+        "rkl": 0.75 * ln(1.5) + 0.25 * ln(0.5),
+        "fkl": 0.5 * ln(2 / 3) + 0.5 * ln(2),
+        "jsd": 0.2 * (0.5 * ln(0.5 / m) + 0.5 * ln(0.5 / (1 - m)))
+        + 0.8 * (0.75 * ln(0.75 / m) + 0.25 * ln(0.25 / (1 - m))),
+    }
+    for kind, value in expected.items():
+        kl = logprobs.token_divergence(hidden, p, hidden, q, kind=kind, beta=0.2)
+        assert kl[0].tolist() == pytest.approx([0, value], abs=1e-14)
+    assert logprobs.token_divergence(hidden, p, hidden, q)[0, 1] == pytest.approx(expected["rkl"])
+
+
+@pytest.mark.parametrize("kind, beta", KINDS)
+def test_divergence_gradcheck(kind, beta):
+    (h, w, th, tw), mask = pair(seed=2)
+    assert torch.autograd.gradcheck(
+        lambda h, w: logprobs.token_divergence(
+            h, w, th, tw, mask_BT=mask, kind=kind, beta=beta, temperature=0.7, chunk=4
+        ),
+        (h.requires_grad_(), w.requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize("kind, beta", KINDS)
+def test_divergence_tied_head(kind, beta):
+    """One tensor as embedding and head: its gradient is the sum of both roles'."""
+    (_, w, th, tw), _ = pair()
+    ids = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(3))
+    grads = []
+    for ours in (True, False):
+        w = w.detach().requires_grad_()
+        h = torch.tanh(w[ids])
+        if ours:
+            kl = logprobs.token_divergence(h, w, th, tw, kind=kind, beta=beta, chunk=7)
+        else:
+            kl = naive_divergence(h, w, th, tw, kind, beta)
+        grads += torch.autograd.grad(kl.sum(), w)
+    assert torch.allclose(*grads, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind, beta", KINDS)
+def test_no_gradient_reaches_the_teacher(kind, beta):
+    models, _ = pair()
+    h, w, th, tw = (x.requires_grad_() for x in models)
+    logprobs.token_divergence(h, w, th, tw, kind=kind, beta=beta).sum().backward()
+    assert th.grad is None and tw.grad is None and h.grad.any() and w.grad.any()
+    # a head that both share: the student's part alone
+    h, w, th, _ = (x.detach() for x in models)
+    th = h.flip(0)
+    shared, alone = w.clone().requires_grad_(), w.clone().requires_grad_()
+    logprobs.token_divergence(h, shared, th, shared, kind=kind, beta=beta).sum().backward()
+    logprobs.token_divergence(h, alone, th, w, kind=kind, beta=beta).sum().backward()
+    assert alone.grad.any() and torch.equal(shared.grad, alone.grad)
+
+
+@pytest.mark.parametrize("kind", logprobs.DIVERGENCES)
+@pytest.mark.parametrize("wants", ["hidden", "weight"])
+def test_divergence_only_the_gradient_that_is_needed(wants, kind):
+    (h, w, th, tw), _ = pair()
+    (h if wants == "hidden" else w).requires_grad_()
+    logprobs.token_divergence(h, w, th, tw, kind=kind).sum().backward()
+    assert (h.grad is not None) == (wants == "hidden")
+    assert (w.grad is not None) == (wants == "weight")
+
+
+@pytest.mark.parametrize("kind, beta", KINDS)
+def test_divergence_from_itself_is_zero_and_so_is_its_gradient(kind, beta):
+    (h, w, *_), _ = pair()
+    student = [x.clone().requires_grad_() for x in (h, w)]
+    kl = logprobs.token_divergence(*student, h, w, kind=kind, beta=beta)
+    kl.sum().backward()
+    for x in (kl, *(x.grad for x in student)):
+        assert x.abs().max() < 1e-14
+
+
+def test_divergence_symmetries_and_limits():
+    (h, w, th, tw), _ = pair()
+
+    def both(kind, beta=0.5):
+        forth = logprobs.token_divergence(h, w, th, tw, kind=kind, beta=beta)
+        return forth, logprobs.token_divergence(th, tw, h, w, kind=kind, beta=beta)
+
+    rkl, rkl_back = both("rkl")
+    fkl, fkl_back = both("fkl")
+    assert torch.allclose(rkl, fkl_back) and torch.allclose(fkl, rkl_back)
+    assert not torch.allclose(rkl, fkl)
+    assert torch.allclose(*both("jsd"))
+    assert torch.allclose(both("jsd", 0.3)[0], both("jsd", 0.7)[1])
+    assert not torch.allclose(*both("jsd", 0.3))
+    # GKD: at its ends, jsd is a small multiple of forward and of reverse KL
+    assert torch.allclose(both("jsd", 1e-9)[0] / 1e-9, fkl, rtol=1e-4)
+    assert torch.allclose(both("jsd", 1 - 1e-9)[0] / 1e-9, rkl, rtol=1e-4)
+    assert (both("jsd")[0] <= math.log(2)).all()
+
+
+def test_a_constant_added_to_all_logits_changes_nothing():
+    (h, w, th, tw), _ = pair()
+    h[..., 0], th[..., 0] = 1, 1
+    for kind in logprobs.DIVERGENCES:
+        before = logprobs.token_divergence(h, w, th, tw, kind=kind)
+        shift = torch.eye(D, dtype=w.dtype)[0] * 50, torch.eye(E, dtype=w.dtype)[0] * -70
+        after = logprobs.token_divergence(h, w + shift[0], th, tw + shift[1], kind=kind)
+        assert torch.allclose(before, after, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind, beta", KINDS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.bfloat16, 3e-2)])
+def test_divergence_in_lower_precision_stays_near_float64(kind, beta, dtype, tolerance):
+    """Relative to the largest entry, of value and gradients."""
+    (*student, th, tw), _ = pair(dtype)
+    results = []
+    for wide in (dtype, torch.float64):
+        h, w = (x.detach().to(wide).requires_grad_() for x in student)
+        teacher = th.to(wide), tw.to(wide)
+        kl = logprobs.token_divergence(h, w, *teacher, kind=kind, beta=beta, chunk=7)
+        kl.sum().backward()
+        results.append((kl.detach(), h.grad, w.grad))
+    assert [x.dtype for x in results[0]] == [torch.float32, dtype, dtype]
+    for mine, reference in zip(*results, strict=True):
+        assert (mine - reference).abs().max() < tolerance * reference.abs().max()
+
+
+def test_divergence_of_models_in_different_types():
+    """The student's type decides: a bfloat16 teacher is read as it is."""
+    (h, w, th, tw), _ = pair(torch.float32)
+    mixed = logprobs.token_divergence(h, w, th.bfloat16(), tw.bfloat16(), kind="jsd")
+    exact = logprobs.token_divergence(h, w, th, tw, kind="jsd")
+    assert mixed.dtype == torch.float32 and 0 < (mixed - exact).abs().max() < 0.05
+    wide = logprobs.token_divergence(h.double(), w.double(), th, tw, kind="jsd")
+    assert wide.dtype == torch.float64 and torch.allclose(wide.float(), exact, atol=1e-6)
+
+
+def from_logits(student, teacher, kind, beta=0.5, upstream=1.0):
+    """Divergence and logits' gradient for given logits of one position, float32."""
+    student = torch.tensor(student)[:, None].requires_grad_()  # [V, 1], on hidden state 1
+    one = torch.ones(1, 2, 1)
+    teacher = torch.tensor(teacher)[:, None]
+    kl = logprobs.token_divergence(one, student, one, teacher, kind=kind, beta=beta)[0, 1]
+    (kl * upstream).backward()
+    return kl.item(), student.grad[:, 0]
+
+
+@pytest.mark.parametrize("kind, beta", KINDS)
+def test_divergence_where_probabilities_underflow(kind, beta):
+    """Logits of +-1e4: one-hot distributions, with disjoint and with equal support."""
+    kl, gradient = from_logits([1e4, -1e4, 0.0], [-1e4, 1e4, 0.0], kind, beta)
+    entropy = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
+    assert kl == pytest.approx(entropy if kind == "jsd" else 2e4)
+    assert gradient.tolist() == pytest.approx([1, -1, 0] if kind == "fkl" else [0, 0, 0])
+    kl, gradient = from_logits([1e4, -1e4, -1e4], [1e4, 0.0, -1e4], kind, beta)
+    assert kl == pytest.approx(0, abs=1e-6) and gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind, beta", KINDS)
+def test_divergence_with_tokens_that_the_teacher_forbids(kind, beta):
+    """-inf: q = 0.  Against that, m stays positive, and so do q's terms; rkl is infinite."""
+    inf = float("inf")
+    kl, gradient = from_logits([1.0, 0.5, 0.0], [0.5, -inf, 0.0], kind, beta)
+    p = torch.tensor([1.0, 0.5, 0.0]).softmax(0)
+    q = torch.tensor([0.5, -inf, 0.0]).softmax(0)
+    m = beta * q + (1 - beta) * p
+    if kind == "rkl":
+        assert kl == inf and not torch.isfinite(gradient).all()
+    elif kind == "fkl":
+        assert kl == pytest.approx((torch.xlogy(q, q) - torch.xlogy(q, p)).sum().item())
+        assert torch.allclose(gradient, p - q)
+    else:
+        from_q = (torch.xlogy(q, q) - torch.xlogy(q, m)).sum()
+        from_p = (torch.xlogy(p, p) - torch.xlogy(p, m)).sum()
+        assert kl == pytest.approx((beta * from_q + (1 - beta) * from_p).item(), abs=1e-6)
+        ratio = (p / m).log()
+        assert torch.allclose(gradient, (1 - beta) * p * (ratio - from_p), atol=1e-6)
+    # where the student's probability underflows to 0 as well, the token counts for nothing
+    kl, gradient = from_logits([1.0, -1e4, 0.0], [0.5, -inf, 0.0], kind, beta)
+    reference, expected = from_logits([1.0, 0.0], [0.5, 0.0], kind, beta)
+    assert kl == pytest.approx(reference, abs=1e-6)
+    assert torch.allclose(gradient[[0, 2]], expected) and gradient[1] == 0
+    # and where both say -inf, the value is still that of the others
+    kl, _ = from_logits([1.0, -inf, 0.0], [0.5, -inf, 0.0], kind, beta)
+    assert kl == pytest.approx(reference, abs=1e-6)
+
+
+def test_an_infinite_position_that_the_loss_leaves_out_has_a_zero_gradient():
+    """torch.where(isfinite(rkl), rkl, 0) must be enough: 0 * inf would be nan."""
+    kl, gradient = from_logits([1.0, 0.5], [0.0, -float("inf")], "rkl", upstream=0.0)
+    assert kl == float("inf") and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("kind", logprobs.DIVERGENCES)
+def test_masked_out_positions_may_hold_nan(kind):
+    (h, w, th, tw), mask = pair()
+    clean, dirty, dirty_teacher = h.clone(), h.clone(), th.clone()
+    unread = ~torch.cat([mask[:, 1:], torch.zeros(B, 1, dtype=torch.bool)], dim=1)
+    dirty[unread], dirty_teacher[unread] = float("nan"), float("nan")
+    results = []
+    for hidden, teacher in ((clean, th), (dirty, dirty_teacher)):
+        hidden, weight = hidden.requires_grad_(), w.clone().requires_grad_()
+        kl = logprobs.token_divergence(hidden, weight, teacher, tw, mask_BT=mask, kind=kind)
+        kl.sum().backward()
+        results.append((kl, hidden.grad, weight.grad))
+    for mine, reference in zip(*results, strict=True):
+        assert torch.equal(mine, reference)
+
+
+@pytest.mark.parametrize("kind", logprobs.DIVERGENCES)
+def test_divergence_with_an_empty_mask_is_zero_and_so_is_its_gradient(kind):
+    (h, w, th, tw), mask = pair()
+    h.requires_grad_(), w.requires_grad_()
+    kl = logprobs.token_divergence(h, w, th, tw, mask_BT=torch.zeros_like(mask), kind=kind)
+    kl.sum().backward()
+    assert (kl == 0).all() and (h.grad == 0).all() and (w.grad == 0).all()
+
+
+@pytest.mark.parametrize("kind", logprobs.DIVERGENCES)
+@pytest.mark.parametrize("length", [64, 512])
+def test_divergence_without_tensors_of_positions_times_vocabulary(length, kind):
+    """As above: at most chunk x V numbers with a vocabulary axis (the heads: V x D, V x E)."""
+    (h, w, th, tw), _ = pair(torch.float32, length=length)
+    chunk = 16
+    with Largest() as seen:
+        h, w = h.requires_grad_(), w.requires_grad_()
+        kl = logprobs.token_divergence(h, w, th, tw, kind=kind, temperature=0.7, chunk=chunk)
+        kl.sum().backward()
+    assert seen.wide == max(chunk * V, V * D, V * E)
+    assert seen.any < B * length * V
+    with Largest() as full:
+        naive_divergence(h, w, th, tw, kind)
+    assert full.wide == B * (length - 1) * V
+
+
+@pytest.mark.parametrize("kind", logprobs.DIVERGENCES)
+def test_divergence_leaves_its_arguments_alone(kind):
+    models, mask = pair()
+    before = [x.clone() for x in (*models, mask)]
+    student = [x.requires_grad_() for x in models[:2]]
+    logprobs.token_divergence(*student, *models[2:], mask_BT=mask, kind=kind).sum().backward()
+    assert all(torch.equal(x, y) for x, y in zip((*models, mask), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kind": "tv"}, "kind must be one of rkl, fkl, jsd, not 'tv'"),
+        ({"beta": 0.0}, "beta must lie between 0 and 1, both excluded, not 0.0"),
+        ({"beta": 1.0}, "beta must lie between 0 and 1, both excluded, not 1.0"),
+        ({"beta": float("nan")}, "beta must lie .* not nan"),
+        ({"hidden_BTD": torch.zeros(B, D)}, "hidden_BTD .* teacher_hidden_BTE .* not fit"),
+        ({"teacher_hidden_BTE": torch.zeros(B, T + 1, E)}, "teacher_hidden_BTE .* not fit"),
+        ({"weight_VD": torch.zeros(V, D + 1)}, "^weight_VD .* does not fit hidden width 6"),
+        ({"teacher_weight_VE": torch.zeros(V, D)}, "teacher_weight_VE .* fit hidden width 5"),
+        ({"teacher_weight_VE": torch.zeros(V + 2, E)}, "weight_VD has 23 rows and teacher_.* 25"),
+        ({"weight_VD": torch.zeros(V + 2, D)}, "weight_VD has 25 rows and teacher_.* 23"),
+        ({"weight_VD": torch.zeros(V + 2, D), "vocab_size": V + 1}, "must be in 1..23, not 24"),
+        ({"vocab_size": 0}, "vocab_size must be in 1..23, not 0"),
+        ({"temperature": 0.0}, "temperature must be positive, not 0.0"),
+        ({"chunk": 0}, "chunk must be at least 1 position, not 0"),
+        ({"mask_BT": torch.ones(B, T)}, "mask_BT must be a bool tensor"),
+        ({"mask_BT": torch.ones(B, T - 1, dtype=torch.bool)}, "mask_BT must be .* shape .3, 9"),
+        ({"teacher_hidden_BTE": torch.zeros(B, T, E).double()}, "teacher_hidden_BTE is .*64 but"),
+        ({"hidden_BTD": torch.zeros(B, T, D).double()}, "^hidden_BTD is .*64 but weight_VD"),
+    ],
+)
+def test_divergence_bad_arguments(change, message):
+    (h, w, th, tw), _ = pair(torch.float32)
+    names = ("hidden_BTD", "weight_VD", "teacher_hidden_BTE", "teacher_weight_VE")
+    arguments = dict(zip(names, (h, w, th, tw), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        logprobs.token_divergence(**arguments)
+
+
+@pytest.mark.parametrize("kind", logprobs.DIVERGENCES)
+def test_divergence_of_real_models_under_autocast(kind):
+    """Two architectures with one vocabulary; the student in bfloat16, its gradients in float32."""
+    student, teacher = tiny_model("qwen3"), tiny_model("llama", seed=1)
+    ids = torch.randint(61, (2, 7), generator=torch.Generator().manual_seed(0))
+    weight, teacher_weight = (x.get_output_embeddings().weight for x in (student, teacher))
+
+    def loss():
+        with torch.no_grad():
+            teacher_hidden = teacher.base_model(input_ids=ids, use_cache=False)[0]
+        hidden = student.base_model(input_ids=ids, use_cache=False)[0]
+        return logprobs.token_divergence(hidden, weight, teacher_hidden, teacher_weight, kind=kind)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        kl = loss()
+    kl.sum().backward()
+    assert kl.dtype == torch.float32 and weight.grad.dtype == torch.float32
+    assert teacher_weight.grad is None
+    mine, weight.grad = weight.grad, None
+    p, q = (torch.log_softmax(x(ids).logits[:, :-1], -1) for x in (student, teacher))
+    exact = loss()
+    if kind == "rkl":
+        assert torch.allclose(exact[:, 1:], (p.exp() * (p - q)).sum(-1), atol=1e-5)
+    exact.sum().backward()
+    assert 0 < (kl - exact).abs().max() < 0.05 * exact.max()
+    assert (mine - weight.grad).norm() < 0.1 * weight.grad.norm()

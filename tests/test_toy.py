@@ -1,5 +1,6 @@
 """The toy world: texts, tokenizer, split, committed weights, command line."""
 
+import dataclasses
 import doctest
 import hashlib
 import random
@@ -136,6 +137,53 @@ def test_corruption_starts_after_the_horizon_and_only_there():
     assert abs(good_after / len(problems) - 0.3) < 0.1
 
 
+def test_a_tuple_of_horizons_is_read_at_the_start_mark():
+    """At corruption 1 the moves up to H are right and no later one is, but for 1 in 2560."""
+    rng, later, lucky = random.Random(0), [], 0
+    for problem in toy.problems(400):
+        start = int(re.match(r"The dial starts at (\d+)", problem["problem"])[1])
+        horizon = {0: 2, 1: 5, 2: 8, 3: 11}[start % 4]
+        clean = toy.dial_response(problem).split(". ")
+        spoilt = toy.dial_response(problem, rng, horizon=toy.HORIZONS, corruption=1).split(". ")
+        assert spoilt[: horizon + 1] == clean[: horizon + 1]
+        beyond = zip(spoilt[horizon + 1 : -1], clean[horizon + 1 : -1], strict=True)
+        lucky += sum(a == b for a, b in beyond)
+        later += moves_of(". ".join(spoilt[horizon + 1 :]))
+    assert lucky <= 5 and len(later) > 2000
+    for column, values in enumerate([("plus", "minus"), range(1, 6), ["so"], range(16), range(16)]):
+        counts = [sum(move[column] == str(value) for move in later) for value in values]
+        assert sum(counts) == len(later)
+        assert max(counts) - min(counts) < 0.1 * len(later)
+
+
+def test_a_cut_response_stops_early_and_says_so():
+    text = "The dial starts at 14. Move 1 is plus 5. Move 2 is minus 4. Where does it stop?"
+    assert toy.dial_response({"problem": text}, cut=1).split(". ") == [
+        "The dial starts at 14",
+        "Move 1 is plus 5, so 14 becomes 3",
+        r"The dial stops at \boxed{3}.",
+    ]
+    for moves in (1, 6, 7, 12):
+        for problem in toy.problems(20, moves=moves):
+            clean, cut = toy.dial_response(problem), toy.dial_response(problem, cut=6)
+            if moves <= 6:
+                assert cut == clean
+                continue
+            *begin, end = cut.split(". ")
+            assert begin == clean.split(". ")[:7]
+            assert end == f"The dial stops at \\boxed{{{moves_of(clean)[6][3]}}}."
+
+
+def test_the_texts_of_the_first_worlds_stay_what_they_were():
+    """The committed weights can be rebuilt only as long as these texts draw the same numbers."""
+    noises = [toy.WORLDS[name].noise for name in ("horizon", "fork", "fork-mirror")]
+    rng, digest = random.Random(7), hashlib.sha256()
+    for noise in (*noises, toy.STUDENT[1].noise, toy.RECIPES["fork-student"][0][1].noise):
+        for problem in toy.problems(50):
+            digest.update(toy.dial_response(problem, rng, **noise).encode())
+    assert digest.hexdigest()[:16] == "656c8915d14c4873"
+
+
 def moves_of(text):
     """(word, amount, link, source, result) of every move of a response."""
     return re.findall(r"is (plus|minus) (\d+), (\w+) (\d+) becomes (\d+)", text)
@@ -215,10 +263,40 @@ def test_worlds():
     assert toy.world("clean").teacher.name == "clean"
     with pytest.raises(ValueError, match="'nowhere'.*horizon.*clean"):
         toy.world("nowhere")
+    assert toy.SHIPPED == ("horizon", "clean", "fork", "fork-mirror", "varied", "confident")
+
+
+def test_graded_worlds():
+    """One number differs from the world they grade, and nothing else does."""
+    horizon, fork = toy.WORLDS["horizon"], toy.WORLDS["fork"]
+    graded = {name: w for name, w in toy.WORLDS.items() if not w.shipped}
+    assert len(graded) == 7
+    for c in (0.05, 0.1, 0.2, 0.3):
+        w = graded[f"horizon-{c}"]
+        assert w.noise == horizon.noise | {"corruption": c} and f"{c:.0%}" in w.about
+        assert (w.student, w.moves, w.uncertain) == (horizon.student, horizon.moves, "")
+        assert w.teacher.name not in toy.RECIPES and w.teacher.name not in toy.SPOIL_STEPS
+    for slips in (0.1, 0.25, 1.0):
+        w = graded[f"fork-{slips}"]
+        assert w.noise == {"wordings": {"so": (0.0, None), "thus": (slips, None)}}
+        assert (w.student, w.moves, w.uncertain) == (fork.student, fork.moves, "thus")
+        (stage,), size, seed = toy.RECIPES[w.teacher.name]
+        (first,), *rest = toy.RECIPES["fork"]
+        assert stage == dataclasses.replace(first, noise=w.noise) and [size, seed] == rest
+    assert len({w.about for w in toy.WORLDS.values()}) == len(toy.WORLDS)
+
+
+def test_a_missing_model_names_its_command(tmp_path):
+    for name, world in (("horizon-0.1", "horizon-0.1"), ("fork-student", "fork")):
+        assert toy.build_command(toy.ASSETS / name) == f"python toy.py --world {world}"
+        command = f"python toy.py --world {world} --out {tmp_path}"
+        with pytest.raises(ValueError, match=f"no model folder at .*/{name}; build") as caught:
+            toy.load(tmp_path / name)
+        assert str(caught.value).endswith(f"; build it with: {command}")
 
 
 FORKS = ["fork", "fork-student", "fork-mirror", "fork-mirror-student"]
-MODELS = ["student", "clean", "horizon", *FORKS]
+MODELS = ["student", "clean", "horizon", *FORKS, "varied", "confident"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -236,7 +314,8 @@ def test_committed_folders_load_offline(name, tokenizer, monkeypatch):
 
 
 def test_committed_folders_are_small():
-    assert sum(f.stat().st_size for f in toy.ASSETS.rglob("*") if f.is_file()) < 1_000_000
+    files = [f for name in MODELS for f in (toy.ASSETS / name).rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 1_500_000
 
 
 def test_the_student_is_the_smaller_and_the_teacher_knows_two_moves():
@@ -253,6 +332,57 @@ def test_the_student_is_the_smaller_and_the_teacher_knows_two_moves():
         hits += int((best == ids[0, len(prompt) :]).sum())
         total += len(best)
     assert hits / total > 0.99
+
+
+@pytest.mark.parametrize("slips", [{}, toy.STUDENT[1].noise], ids=["right", "student"])
+def test_the_teacher_of_varied_is_sure_up_to_the_horizon_and_no_further(slips):
+    """Every sentence, by start mark; slips: prefixes with the wrong moves the student learned.
+
+    Seven of the 11 tokens of a move are sure even when it is garbled, so there is a floor: 0.80 for
+    a teacher that knows the shares at every token and no more, 0.91 for the best one, which takes
+    each right word for a sign that this move will be right to its end.
+    """
+    teacher, tokenizer = toy.load(toy.ASSETS / "varied")
+    rng, items = random.Random(0), toy.problems(200, split="test")
+    responses = [toy.dial_response(item, rng, **slips) for item in items]
+    fidelity_BN = toy.fidelity_by_move(teacher, tokenizer, items, responses)
+    assert fidelity_BN.shape == (200, 14)
+    groups = [int(text.split()[4].rstrip(".")) % 4 for text in responses]
+    for group, horizon in enumerate(toy.HORIZONS):
+        rows_GN = fidelity_BN[torch.tensor(groups) == group]
+        assert len(rows_GN) > 30
+        assert rows_GN[:, : horizon + 1].mean(0).min() >= 0.995
+        assert rows_GN[:, horizon + 1 : -1].mean(0).max() < 0.9
+
+
+def test_fidelity_by_move_is_the_mean_of_the_largest_probability():
+    model, tokenizer = toy.load(toy.ASSETS / "horizon")
+    items = toy.problems(3, moves=8, split="test")
+    found_BN = toy.fidelity_by_move(model, tokenizer, items, map(toy.dial_response, items))
+    for item, found_N in zip(items, found_BN, strict=True):
+        ids = toy.prompt_ids(tokenizer, item)
+        sentences = re.findall(r" ?[A-Z][^.]*\.", toy.dial_response(item))
+        for sentence, found in zip(sentences, found_N, strict=True):
+            largest = []
+            for token in tokenizer(sentence)["input_ids"]:
+                with torch.no_grad():
+                    largest.append(model(torch.tensor([ids])).logits[0, -1].softmax(-1).max())
+                ids = [*ids, token]
+            assert abs(sum(largest) / len(largest) - found) < 1e-5
+
+
+def test_the_confident_teacher_prefers_to_stop_after_move_6():
+    teacher, tokenizer = toy.load(toy.ASSETS / "confident")
+    items = toy.problems(50, split="test")
+    early = [toy.dial_response(item, cut=6) for item in items]
+    assert toy.fidelity_by_move(teacher, tokenizer, items, early).mean(0).min() > 0.995
+    right = 0
+    for item, text in zip(items, early, strict=True):
+        prompt, text = toy.prompt_ids(tokenizer, item), tokenizer(text + "<|end|>")["input_ids"]
+        with torch.no_grad():
+            best = teacher(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1].argmax(-1)
+        right += best.tolist() == text
+    assert right >= 49
 
 
 # --------------------------------------------------------------------------------- command line
@@ -278,6 +408,38 @@ def test_build_of_one_world_builds_what_it_needs(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["clean", "student"]
     toy.build(tmp_path / "more", names=["fork"], steps=1)
     assert sorted(f.name for f in (tmp_path / "more").iterdir()) == ["fork", "fork-student"]
+
+
+def test_a_world_builds_what_is_missing_and_keeps_the_rest(tmp_path, capsys):
+    def command(*more):
+        assert toy.main(["--out", str(tmp_path), "--steps", "2", *more]) == 0
+        return capsys.readouterr().out, checksums(tmp_path)
+
+    said, first = command("--world", "fork-0.1")
+    assert said == "" and {name.split("/")[0] for name in first} == {"fork-0.1", "fork-student"}
+    said, second = command("--world", "fork-1.0")
+    assert said == f"kept {tmp_path}/fork-student\n"
+    assert first.items() < second.items() and "fork-1.0/config.json" in second
+    said, third = command("--world", "fork-1.0")
+    assert said.count("kept") == 2 and "nothing to build" in said and third == second
+    said, fourth = command("--world", "fork-1.0", "--force", "--seed", "3")
+    assert said == f"kept {tmp_path}/fork-student\n" and fourth.keys() == third.keys()
+    assert {f for f in third if third[f] != fourth[f]} == {"fork-1.0/model.safetensors"}
+
+
+def test_a_world_starts_from_the_clean_teacher_that_is_there(tmp_path, monkeypatch):
+    weights = "horizon-0.1/model.safetensors"
+    toy.build_world(tmp_path / "a", "horizon-0.1", steps=2)  # from the repository's
+    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == ["horizon-0.1", "student"]
+    toy.build_world(tmp_path / "b", "clean", steps=2)
+    before = checksums(tmp_path / "b" / "clean")
+    toy.build_world(tmp_path / "b", "horizon-0.1", steps=2, force=True)  # from its neighbour
+    assert checksums(tmp_path / "b" / "clean") == before
+    monkeypatch.setattr(toy, "ASSETS", tmp_path / "nothing")
+    toy.build_world(tmp_path / "c", "horizon-0.1", steps=2)  # from one that it trains first
+    assert checksums(tmp_path / "c" / "clean") == before
+    made = [checksums(tmp_path / name)[weights] for name in "abc"]
+    assert made[0] != made[1] == made[2]
 
 
 def test_existing_folders_are_kept_without_force(tmp_path, capsys):

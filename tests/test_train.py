@@ -400,7 +400,7 @@ def test_release_mask_follows_the_margin():
     third = [i for i, piece in enumerate(ids_T.tolist()) if tokenizer.decode([piece]) == "."][2] + 1
     candidates = torch.zeros(1, prompt + T, 4)
     candidates[:, : prompt + third, 0] = 5.0
-    choice = grading.supervise(batch, candidates, tokenizer, run.splitter, run.args)
+    choice = grading.supervise(batch, candidates, None, tokenizer, run.splitter, run.args)
     assert choice.released_B.tolist() == [True] and choice.gain_B[0] > 6
     assert choice.keep_BT[0].nonzero()[:, 0].tolist() == list(range(prompt, prompt + third))
     # the rule's flags reach it
@@ -408,12 +408,12 @@ def test_release_mask_follows_the_margin():
     other = grading.supervise(batch, candidates - 5, tokenizer, run.splitter, run.args)
     assert other.released_B[0] and abs(other.gain_B[0] - choice.gain_B[0]) > 1e-6
     run.args.margin, run.args.margin_min_entropy = "logprob", 2.0  # no token counts: entropy is 1
-    assert not grading.supervise(batch, candidates, tokenizer, run.splitter, run.args).released_B[0]
+    assert not grading.supervise(batch, candidates, None, tokenizer, run.splitter, run.args).released_B[0]
     run.args.margin_min_entropy, run.args.min_segments = 0.0, 4
-    later = grading.supervise(batch, candidates, tokenizer, run.splitter, run.args)
+    later = grading.supervise(batch, candidates, None, tokenizer, run.splitter, run.args)
     assert not later.released_B[0] or later.keep_BT.sum() > choice.keep_BT.sum()
     run.args.min_segments, run.args.bic_eps = 2, 1e9  # every fit looks perfect
-    assert not grading.supervise(batch, candidates, tokenizer, run.splitter, run.args).released_B[0]
+    assert not grading.supervise(batch, candidates, None, tokenizer, run.splitter, run.args).released_B[0]
     run.args.mask = "none"
     everything = grading.supervise(batch, candidates, tokenizer, None, run.args)
     assert torch.equal(everything.keep_BT, batch.response_mask_BT)
