@@ -640,6 +640,8 @@ def _prepare(args):
     paths = {"student": world.student, "teacher": world.teacher} if world else {"model": args.model}
     models, trust = {}, {"trust_remote_code": args.trust_remote_code}
     for name, path in paths.items():
+        if world:
+            toy.require(path)  # not all come with the repository
         tokenizer = load_tokenizer(path, **trust)
         prompts = render_prompts(tokenizer, problems, thinking=args.thinking)
         config = load_config(path, **trust)

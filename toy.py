@@ -147,7 +147,8 @@ WORLDS |= {
 }
 WORLDS |= {
     f"fork-{slips}": World(
-        f'after "so" the teacher copies the mark, after "thus" it forgets {slips:.0%} of them',
+        'after "so" the teacher copies the mark, after "thus" it forgets it '
+        f"{slips:.0%} of the time",
         ASSETS / f"fork-{slips}",
         ASSETS / "fork-student",
         noise={"wordings": fork_wordings(slips)},
@@ -483,10 +484,15 @@ def build_command(folder):
     return "python toy.py"
 
 
-def load(folder):
-    """(float32 model in eval mode, tokenizer) of a local folder; ValueError if there is none."""
+def require(folder):
+    """ValueError that names the command to build it, unless a model lies in that local folder."""
     if not exists(folder):
         raise ValueError(f"no model folder at {folder}; build it with: {build_command(folder)}")
+
+
+def load(folder):
+    """(float32 model in eval mode, tokenizer) of a local folder; ValueError if there is none."""
+    require(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True
     )

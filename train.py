@@ -828,6 +828,9 @@ def prepare(args, rank: int, world: int) -> Run:
 def student_and_teacher(args) -> dict[str, str]:
     """The two models by flag; the toy world's where the flag was left out."""
     world = toy.world(args.toy)
+    for given, folder in ((args.student, world.student), (args.teacher, world.teacher)):
+        if given is None:
+            toy.require(folder)  # not all come with the repository
     return {
         "--student": str(args.student or world.student),
         "--teacher": str(args.teacher or world.teacher),

@@ -92,30 +92,26 @@ EXPERIMENTS = {
         "Methods, controls and baselines",
         cells("horizon", f"opd release {CONTROLS} rkl fkl jsd lgr release+lgr", curve=True)
         + cells("varied", f"opd release {CONTROLS}", curve=True)
-        + cells("varied", "std", "--budget own")
         + cells("fork fork-mirror", "opd lgr lgr_topk release+lgr", curve=True)
-        + cells("clean", "opd release rkl fkl jsd lgr")
-        + cells("confident", "opd release prefix std"),
+        + cells("clean", "opd release rkl fkl")
+        + cells("confident", "opd release prefix"),
     ),
     "corruption": (
         "How bad the teacher is after move 6: share of garbled sentences in its training data",
         cells("clean horizon-0.05 horizon-0.1 horizon-0.2 horizon-0.3 horizon", "opd release"),
     ),
-    "slips": (
-        "How bad the teacher is after one of two wordings: share of slips in its training data",
-        cells("fork-0.1 fork-0.25 fork fork-1.0", "opd lgr")
-        + cells("fork-0.1 fork-0.25 fork fork-1.0", "lgr", "--lgr-normalize mean --lgr-gamma 4"),
-    ),
     "difficulty": (
         "Longer problems: moves, in responses of 11 n + 17 tokens",
-        cells("horizon", "opd release lgr release+lgr", moves=(4, 6, 9, 12))
+        cells("horizon", "opd release", moves=(3, 6, 9, 12))
         + cells("fork", "opd lgr", moves=(1, 2, 4, 6)),
     ),
-    "budget": (
-        "How many tokens to supervise: fixed prefixes",
-        cells("horizon varied", "opd release")
-        + cells("horizon", "prefix", *(f"--prefix-tokens {n}" for n in (33, 66, 99)))
-        + cells("varied", "prefix", *(f"--prefix-tokens {n}" for n in (22, 44, 66, 99, 121))),
+    "lgr-flags": (
+        "Flags of the lookahead reward",
+        cells("fork", "opd")
+        + cells("fork", "lgr", "", *(f"--lgr-gamma {g}" for g in (0.1, 0.3, 1.5, 3, 10)))
+        + cells("fork", "lgr", *(f"--lgr-tau {tau}" for tau in (0, 0.05, 0.5)))
+        + cells("fork", "lgr", "--lgr-normalize mean", "--lgr-normalize mean --lgr-gamma 4")
+        + cells("fork", "lgr", "--lgr-eps 0.01"),
     ),
     "release-flags": (
         "Flags of the release rule",
@@ -124,13 +120,20 @@ EXPERIMENTS = {
         + cells("varied", "release", "--min-segments 1", "--min-segments 4")
         + cells("varied", "release", "--rescale sequence", "--rescale none"),
     ),
-    "lgr-flags": (
-        "Flags of the lookahead reward",
-        cells("fork", "opd")
-        + cells("fork", "lgr", "", *(f"--lgr-gamma {g}" for g in (0.1, 0.3, 1.5, 3, 10)))
-        + cells("fork", "lgr", *(f"--lgr-tau {tau}" for tau in (0, 0.05, 0.5, 1)))
-        + cells("fork", "lgr", "--lgr-normalize mean", "--lgr-normalize mean --lgr-gamma 4")
-        + cells("fork", "lgr", "--lgr-eps 0.01"),
+    "budget": (
+        "How many tokens to supervise: fixed prefixes",
+        cells("horizon varied", "opd release prefix")
+        + cells("varied", "prefix", *(f"--prefix-tokens {n}" for n in (22, 44, 66, 99)))
+        + cells("horizon", "prefix", "--prefix-tokens 33", "--prefix-tokens 99"),
+    ),
+    "slips": (
+        "How bad the teacher is after one of two wordings: share of slips in its training data",
+        cells("fork-0.1 fork-0.25 fork fork-1.0", "opd lgr")
+        + cells("fork-0.1 fork-0.25 fork fork-1.0", "lgr", "--lgr-normalize mean --lgr-gamma 4"),
+    ),
+    "std": (
+        "The control std without the budget: its own change point decides how many tokens",
+        cells("horizon varied", "std", "", "--budget own"),
     ),
     "long": (
         "A hundred steps (three seeds)",

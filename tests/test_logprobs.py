@@ -320,6 +320,11 @@ def test_divergence_by_hand_and_its_defaults():
         kl = logprobs.token_divergence(hidden, p, hidden, q, kind=kind, beta=0.2)
         assert kl[0].tolist() == pytest.approx([0, value], abs=1e-14)
     assert logprobs.token_divergence(hidden, p, hidden, q)[0, 1] == pytest.approx(expected["rkl"])
+    default, half = (
+        logprobs.token_divergence(hidden, p, hidden, q, kind="jsd", **beta)
+        for beta in ({}, {"beta": 0.5})
+    )
+    assert torch.equal(default, half)
 
 
 @pytest.mark.parametrize("kind, beta", KINDS)
@@ -438,8 +443,11 @@ def test_divergence_of_models_in_different_types():
     mixed = logprobs.token_divergence(h, w, th.bfloat16(), tw.bfloat16(), kind="jsd")
     exact = logprobs.token_divergence(h, w, th, tw, kind="jsd")
     assert mixed.dtype == torch.float32 and 0 < (mixed - exact).abs().max() < 0.05
-    wide = logprobs.token_divergence(h.double(), w.double(), th, tw, kind="jsd")
-    assert wide.dtype == torch.float64 and torch.allclose(wide.float(), exact, atol=1e-6)
+    th, tw = th.round(), tw.round()  # logits without rounding: what follows them is float64
+    for kind in logprobs.DIVERGENCES:
+        wide = logprobs.token_divergence(h.double(), w.double(), th, tw, kind=kind)
+        exact = naive_divergence(h.double(), w.double(), th.double(), tw.double(), kind)
+        assert torch.allclose(wide[:, 1:], exact, rtol=1e-12, atol=1e-12)
 
 
 def from_logits(student, teacher, kind, beta=0.5, upstream=1.0):

@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import hashlib
+import importlib
 import random
 import re
 import subprocess
@@ -479,3 +480,19 @@ def test_another_horizon_teacher_from_the_command_line(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     toy.load(tmp_path / "horizon-H4-c0.2")
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate"])
+def test_a_world_that_was_not_built_is_refused_with_the_command(
+    script, tmp_path, monkeypatch, capsys
+):
+    graded = dataclasses.replace(toy.WORLDS["horizon-0.1"], teacher=tmp_path / "horizon-0.1")
+    monkeypatch.setitem(toy.WORLDS, "horizon-0.1", graded)
+    main = importlib.import_module(script).main
+    out = ["--out", str(tmp_path / "run")] if script == "train" else []
+    with pytest.raises(SystemExit) as left:
+        sys.exit(main(["--toy", "horizon-0.1", *out]))
+    assert left.value.code == 2 and not (tmp_path / "run").exists()
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message and message.startswith(f"{script}.py: error: no model folder at")
+    assert message.endswith(f"python toy.py --world horizon-0.1 --out {tmp_path}")

@@ -400,22 +400,26 @@ def test_release_mask_follows_the_margin():
     third = [i for i, piece in enumerate(ids_T.tolist()) if tokenizer.decode([piece]) == "."][2] + 1
     candidates = torch.zeros(1, prompt + T, 4)
     candidates[:, : prompt + third, 0] = 5.0
-    choice = grading.supervise(batch, candidates, None, tokenizer, run.splitter, run.args)
+
+    def supervise(candidates):
+        return grading.supervise(batch, candidates, None, tokenizer, run.splitter, run.args)
+
+    choice = supervise(candidates)
     assert choice.released_B.tolist() == [True] and choice.gain_B[0] > 6
     assert choice.keep_BT[0].nonzero()[:, 0].tolist() == list(range(prompt, prompt + third))
     # the rule's flags reach it
     run.args.margin = "prob"  # uniform candidates at log-prob 5 and 0: another scale
-    other = grading.supervise(batch, candidates - 5, tokenizer, run.splitter, run.args)
+    other = supervise(candidates - 5)
     assert other.released_B[0] and abs(other.gain_B[0] - choice.gain_B[0]) > 1e-6
     run.args.margin, run.args.margin_min_entropy = "logprob", 2.0  # no token counts: entropy is 1
-    assert not grading.supervise(batch, candidates, None, tokenizer, run.splitter, run.args).released_B[0]
+    assert not supervise(candidates).released_B[0]
     run.args.margin_min_entropy, run.args.min_segments = 0.0, 4
-    later = grading.supervise(batch, candidates, None, tokenizer, run.splitter, run.args)
+    later = supervise(candidates)
     assert not later.released_B[0] or later.keep_BT.sum() > choice.keep_BT.sum()
     run.args.min_segments, run.args.bic_eps = 2, 1e9  # every fit looks perfect
-    assert not grading.supervise(batch, candidates, None, tokenizer, run.splitter, run.args).released_B[0]
+    assert not supervise(candidates).released_B[0]
     run.args.mask = "none"
-    everything = grading.supervise(batch, candidates, tokenizer, None, run.args)
+    everything = supervise(None)
     assert torch.equal(everything.keep_BT, batch.response_mask_BT)
 
 
@@ -514,7 +518,7 @@ def read_log(folder):
     return [x for x in lines if "loss" in x], [x for x in lines if "accuracy" in x]
 
 
-@pytest.mark.parametrize("method", ["release", "lgr", "lgr_topk", "release+lgr"])
+@pytest.mark.parametrize("method", ["release", "lgr", "lgr_topk", "release+lgr", "random", "rkl"])
 def test_torchrun_with_two_processes_repeats_one_process(method, tmp_path):
     """Prompts, draws, masks, rewards, counts: the whole command, 5 rollouts dealt 2 and 3."""
     python = [sys.executable, ROOT / "train.py"]
@@ -538,6 +542,7 @@ def test_torchrun_with_two_processes_repeats_one_process(method, tmp_path):
             assert math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-5), key
     for a, b in zip(one_eval, two_eval, strict=True):
         assert a["accuracy"] == b["accuracy"] and a["problems"] == b["problems"] == 4
+        assert a["ood"] == b["ood"] and a["ood"]["problems"] == 4
         assert a.get("uncertain_wording") == b.get("uncertain_wording")
         assert ("uncertain_wording" in a) == ("lgr" in method)  # the fork world has it
 
@@ -643,6 +648,15 @@ BASE = "--student model --teacher model --problems good.jsonl --max-new-tokens 2
         ("--lgr-nodes 0", "--lgr-nodes: must be at least 1, not 0"),
         ("--lookahead maybe", "maybe"),
         ("--objective ppo", "ppo"),
+        ("--method rkl --lookahead on", "--objective rkl has no place for the reward"),
+        ("--method jsd --jsd-beta 1", "--jsd-beta"),
+        ("--method opd --prefix-tokens 9", "--prefix-tokens 9 needs --mask prefix, not none"),
+        ("--method prefix --prefix-tokens 1.5", "--prefix-tokens"),
+        ("--method random --budget own", "--budget own needs --mask std, not random"),
+        ("--method shuffled --margin-top-k 260", "--margin-top-k 260 exceeds the vocabulary"),
+        ("--ood-problems nowhere.jsonl", "--ood-problems nowhere.jsonl needs --eval-problems"),
+        ("--eval-problems good.jsonl --ood-problems nowhere.jsonl", "nowhere.jsonl"),
+        ("--eval-problems good.jsonl --ood-problems bad.jsonl", "bad.jsonl:2"),
         ("--student short --max-new-tokens 35", "good.jsonl:1"),
         ("--out full", "full"),
         ("--out good.jsonl", "good.jsonl"),
@@ -738,7 +752,8 @@ def test_flags_override_the_parts_of_a_preset(method):
 def test_candidates_needed():
     """Sampling keeps no more of the student's top tokens than the later phases look at."""
     for flags, count in (("opd", 1), ("release", 4), ("lgr", 8), ("release+lgr", 8),
-                         ("lgr_topk", 20), ("release --margin-top-k 3", 3)):
+                         ("lgr_topk", 20), ("release --margin-top-k 3", 3), ("shuffled", 4),
+                         ("prefix --prefix-tokens 9", 1), ("std --budget own", 1), ("jsd", 1)):
         run = make_run("--toy", "fork", *SHORT, "--difficulty", "1", "--method", *flags.split())
         assert train.sample(run, 0).topk_ids_BTK.shape[2] == count
 
