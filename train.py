@@ -64,15 +64,20 @@ import toy
 # ------------------------------------------------------------------------------- methods, flags
 @dataclass(frozen=True)
 class Method:
-    """What a `--method` name stands for; every field has a flag that overrides it."""
+    """What a `--method` name stands for; every field has a flag that overrides it.
 
-    objective: str = "pg"  # policy gradient on the sampled token; or one of OBJECTIVES
-    mask: str = "none"  # supervise every response token; release: up to the release point; or
-    # one of controls.CONTROLS: as many tokens elsewhere
-    lookahead: str = "off"  # on: add the Lookahead Group Reward
+    objective  pg: policy gradient on the sampled token; topk: reverse KL over the top tokens of
+               both models; rkl, fkl, jsd: exact divergences over the whole vocabulary
+    mask       none: supervise every response token; release: up to the release point; prefix,
+               shuffled, random, std: as many tokens as release would, elsewhere
+    lookahead  on: add the Lookahead Group Reward
+    """
+
+    objective: str = "pg"
+    mask: str = "none"
+    lookahead: str = "off"
 
 
-# topk: reverse KL over the top tokens of both; rkl, fkl, jsd: exact, over the whole vocabulary
 OBJECTIVES = ("pg", "topk", *logprobs.DIVERGENCES)
 MASKS = ("none", "release", *controls.CONTROLS)
 METHODS = {

@@ -24,6 +24,7 @@ The last line printed is JSON. Columns of the tables, all over seeds of the trai
     second task    accuracy on problems of another kind, before and after: forgetting
     fired          share of the rollouts that the rule, or std's own change point, cut short
     wording        share of moves worded so that the teacher is unsure, at the end (forks)
+    repeats        share of repeated 4-grams in the last step's responses (forks): reward hacking
 
 All runs are evaluated on the same problems with the same uniform random numbers, so the intervals
 tell how much training runs differ, not how much problem sets do (for that, see the bootstrap
@@ -38,7 +39,6 @@ import platform
 import shutil
 import statistics
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +111,8 @@ EXPERIMENTS = {
         + cells("fork", "lgr", "", *(f"--lgr-gamma {g}" for g in (0.1, 0.3, 1.5, 3, 10)))
         + cells("fork", "lgr", *(f"--lgr-tau {tau}" for tau in (0, 0.05, 0.5)))
         + cells("fork", "lgr", "--lgr-normalize mean", "--lgr-normalize mean --lgr-gamma 4")
-        + cells("fork", "lgr", "--lgr-eps 0.01"),
+        + cells("fork", "lgr", "--lgr-eps 0.01")
+        + cells("fork", "lgr", "--lgr-signal entropy", "--lgr-signal sampled_prob"),
     ),
     "release-flags": (
         "Flags of the release rule",
@@ -212,7 +213,7 @@ def summary(cell: Cell, seed: int, place: Path) -> dict:
 
     def mean(key: str) -> float | None:
         values = [line[key] for line in training if line.get(key) is not None]
-        return statistics.mean(values) if values else None
+        return round(statistics.mean(values), 5) if values else None
 
     return {
         "world": cell.world,
@@ -221,16 +222,19 @@ def summary(cell: Cell, seed: int, place: Path) -> dict:
         "moves": cell.difficulty,
         "seed": seed,
         "steps": [line["step"] for line in evaluations],
-        **{k: [e[k] for e in evaluations] for k in ("accuracy", "accuracy_low", "accuracy_high")},
+        **{
+            key: [round(line[key], 5) for line in evaluations]
+            for key in ("accuracy", "accuracy_low", "accuracy_high")
+        },
         "ood": [line["ood"]["accuracy"] for line in evaluations if "ood" in line],
         "uncertain_wording": evaluations[-1].get("uncertain_wording"),
         **{k: mean(k) for k in ("kept", "fired", "release_at", "bic_gain_over_6", "triggered")},
-        "supervised_tokens": mean("kept_tokens") / rollouts,
+        "supervised_tokens": round(mean("kept_tokens") / rollouts, 2),
         "flat_groups": mean("flat_groups"),
         "repeated_4grams": training[-1]["repeated_4grams"],
         "response_tokens": training[-1]["response_tokens"],
         "truncated": training[-1]["truncated"],
-        "seconds": sum(x["seconds"].get("total", x["seconds"].get("evaluate")) for x in lines),
+        "seconds": round(sum(x["seconds"].get("total") or x["seconds"]["evaluate"] for x in lines)),
         "commit": config["commit"],
     }
 
@@ -279,13 +283,14 @@ def row(group: list[dict], runs: list[dict]) -> list[str]:
     each = " ".join(map(three, final))
     where = [group[0]["world"], str(group[0]["moves"]), label(group[0])]
     signs = [average(key) for key in ("kept", "fired", "uncertain_wording")]
-    return [*where, accuracy, each, difference, signs[0], second, *signs[1:]]
+    repeats = average("repeated_4grams") if toy.world(group[0]["world"]).uncertain else "-"
+    return [*where, accuracy, each, difference, signs[0], second, *signs[1:], repeats]
 
 
 def table(runs: list[dict], wanted: list[Cell]) -> str:
     """Markdown; a row per cell that has runs. Columns without a figure are left out."""
     head = ["world", "moves", "method", "accuracy", "each seed", "- opd", "supervised"]
-    head += ["second task", "fired", "wording"]
+    head += ["second task", "fired", "wording", "repeats"]
     rows = []
     for cell in dict.fromkeys((c.world, c.method, c.flags, c.difficulty) for c in wanted):
         group = [
@@ -363,7 +368,6 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or ROOT / "results"
     todo = list_runs(experiments, seeds)
     build_worlds(cell.world for cell, _ in todo)
-    start = time.perf_counter()
     run_all(todo, args.runs, args.jobs, args.extra)
     runs = [summary(cell, seed, args.runs) for cell, seed in todo]
     out.mkdir(parents=True, exist_ok=True)
@@ -372,12 +376,13 @@ def main(argv: list[str] | None = None) -> None:
         "machine": f"{platform.machine()}, {args.jobs} runs at a time, 1 thread each",
         "python": platform.python_version(),
         "commits": sorted({str(run["commit"]) for run in runs}),
-        "minutes_of_this_call": round((time.perf_counter() - start) / 60, 1),
-        "minutes_of_all_runs": round(sum(run["seconds"] for run in runs) / 60, 1),
+        "minutes_in_runs": round(sum(run["seconds"] for run in runs) / 60, 1),
         "experiments": {name: title for name, (title, _) in experiments.items()},
-        "runs": runs,
     }
-    (out / "compare.json").write_text(json.dumps(record, indent=1) + "\n")
+    head = json.dumps(record, indent=1)[: -len("\n}")]
+    body = ",\n".join(json.dumps(run) for run in runs)  # a line each
+    (out / "compare.json").write_text(f'{head},\n "runs": [\n{body}\n]}}\n')
+    record["runs"] = runs
     parts = [
         f"## {title}\n\n`--only {name}`\n\n{table(runs, members)}\n"
         for name, (title, members) in experiments.items()
