@@ -20,6 +20,7 @@ The last line printed is JSON. Columns of the tables, all over seeds of the trai
     each seed      the same, seed by seed
     - opd          difference to `opd` of the same world, difficulty and seed: mean and 95% t
                    interval. Both saw the same prompts and the same random numbers
+    - release      of the controls: the same to `release`
     supervised     share of the response tokens that were supervised, mean over training
     second task    accuracy on problems of another kind, before and after: forgetting
     fired          share of the rollouts that the rule, or std's own change point, cut short
@@ -245,15 +246,20 @@ def label(run: dict) -> str:
     return " ".join([run["method"], *run["flags"]])
 
 
-def paired(group: list[dict], runs: list[dict]) -> list[float]:
-    """Final accuracy minus that of `opd` in the same world, at the same difficulty and seed."""
+def paired(group: list[dict], runs: list[dict], other: str) -> str:
+    """Mean and 95% t interval of final accuracy minus that of the method `other`, without flags, in
+    the same world, at the same difficulty and seed; "-" where there are not two such seeds."""
     world, moves = group[0]["world"], group[0]["moves"]
     base = {
         run["seed"]: run["accuracy"][-1]
         for run in runs
-        if (run["world"], run["moves"], run["method"], run["flags"]) == (world, moves, "opd", [])
+        if (run["world"], run["moves"], run["method"], run["flags"]) == (world, moves, other, [])
     }
-    return [run["accuracy"][-1] - base[run["seed"]] for run in group if run["seed"] in base]
+    differences = [r["accuracy"][-1] - base[r["seed"]] for r in group if r["seed"] in base]
+    if len(differences) < 2 or group[0]["method"] == other:
+        return "-"
+    mean, half = figures.statistics_of(differences)
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
 def three(value: float) -> str:
@@ -268,11 +274,9 @@ def row(group: list[dict], runs: list[dict]) -> list[str]:
     accuracy = three(statistics.mean(final))
     if len(final) > 1:
         accuracy += f" ± {three(statistics.stdev(final) / len(final) ** 0.5)}"
-    difference = "-"
-    differences = paired(group, runs) if group[0]["method"] != "opd" else []
-    if len(differences) > 1:
-        mean, half = figures.statistics_of(differences)
-        difference = f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    is_control = group[0]["method"] in CONTROLS.split()
+    differences = [paired(group, runs, "opd")]
+    differences += [paired(group, runs, "release") if is_control else "-"]
 
     def average(key: str) -> str:
         known = [run[key] for run in group if run[key] is not None]
@@ -284,13 +288,13 @@ def row(group: list[dict], runs: list[dict]) -> list[str]:
     where = [group[0]["world"], str(group[0]["moves"]), label(group[0])]
     signs = [average(key) for key in ("kept", "fired", "uncertain_wording")]
     repeats = average("repeated_4grams") if toy.world(group[0]["world"]).uncertain else "-"
-    return [*where, accuracy, each, difference, signs[0], second, *signs[1:], repeats]
+    return [*where, accuracy, each, *differences, signs[0], second, *signs[1:], repeats]
 
 
 def table(runs: list[dict], wanted: list[Cell]) -> str:
     """Markdown; a row per cell that has runs. Columns without a figure are left out."""
-    head = ["world", "moves", "method", "accuracy", "each seed", "- opd", "supervised"]
-    head += ["second task", "fired", "wording", "repeats"]
+    head = ["world", "moves", "method", "accuracy", "each seed", "- opd", "- release"]
+    head += ["supervised", "second task", "fired", "wording", "repeats"]
     rows = []
     for cell in dict.fromkeys((c.world, c.method, c.flags, c.difficulty) for c in wanted):
         group = [

@@ -105,6 +105,11 @@ def test_a_row_of_the_table_by_hand():
     runs += [result("opd", s, 0.2, "--lr", "1") for s in range(3)]
     runs += [result("rkl", s, a, "--lr", "2") for s, a in ((2, 0.7), (0, 0.6), (1, 0.8))]
     wanted = compare.cells("clean", "opd") + compare.cells("clean", "rkl", "--lr 2", "--lr 3")
+    assert "- release" not in compare.table(runs, wanted), "no control, no such column"
+    controls = runs + [result("random", s, 0.3) for s in range(3)]
+    controls += [result("release", s, a) for s, a in ((0, 0.4), (1, 0.5), (2, 0.6))]
+    (control,) = compare.table(controls, compare.cells("clean", "random")).splitlines()[2:]
+    assert "| -0.200 [-0.448, +0.048] | -0.200 [-0.448, +0.048] |" in control
     lines = compare.table(runs, wanted).splitlines()
     assert lines[0] == ("| world | moves | method | accuracy | each seed | - opd | supervised | "
                         "second task | fired |")
