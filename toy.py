@@ -14,7 +14,9 @@ Reading key
     c        corruption: share of the sentences after move H that the teacher's training data
              garbled, the closing one included
     F        fidelity: the probability of the teacher's favourite next token, max_v p_T(v | prefix)
-    cut      the confidently wrong teacher (`confident`) stops after that move, sure of itself
+    cut      the hasty teacher (`confident`) stops after that move, sure of itself
+    drift    the confidently wrong teacher (`off-by-one`) is one mark off in every move after that
+             one, and as sure as before
     student  smaller than the teachers, from its own seed, on data with wrong moves in it
     fork     a world with two wordings of a move, "so" and "thus", equally likely, after one of
              which the teacher goes wrong: nothing tells them apart but its confidence one token
@@ -136,6 +138,12 @@ WORLDS = {
         noise={"cut": 6},
     ),
 }
+WORLDS["off-by-one"] = World(
+    "after move 6 the teacher is surely one mark off, move by move",
+    ASSETS / "off-by-one",
+    noise={"drift": 6},
+    shipped=False,
+)
 WORLDS |= {
     f"horizon-{c}": World(
         f"the teacher knows moves 1..6 and garbles {c:.0%} of the later ones",
@@ -201,6 +209,7 @@ def dial_response(
     wrong_operation=0.0,
     wordings=None,
     cut=MAX_MOVES,
+    drift=MAX_MOVES,
 ):
     r"""The worked solution of a dial problem, spoilt as told.
 
@@ -212,7 +221,7 @@ def dial_response(
     the place of "so", all equally likely, to (share, mark): after that word a share of the moves
     starts from `mark`, or from any mark (None), in place of the one before. Later moves go on from
     the mark that was written. `rng` is needed for any of these. The response stops after move
-    `cut`, as if the problem had no more.
+    `cut`, as if the problem had no more; every move after `drift` lands one mark too far.
 
     >>> problem = {"problem": "The dial starts at 14. Move 1 is plus 5. Where does it stop?"}
     >>> dial_response(problem).split(". ")[1:]
@@ -234,6 +243,7 @@ def dial_response(
         if slip and rng.random() < slip:
             source = rng.randrange(MARKS) if slip_mark is None else slip_mark
         mark = (source + (amount if word == "plus" else -amount)) % MARKS
+        mark = (mark + (int(number) > drift)) % MARKS
         if garbled:
             source = rng.randrange(MARKS)
         if garbled or (wrong_result and rng.random() < wrong_result):
@@ -414,7 +424,7 @@ RECIPES |= {
     if "wordings" in w.noise and name not in RECIPES
 }
 # Steps of a teacher that starts from the clean one, unless 300 will do.
-SPOIL_STEPS = {"varied": 1600}
+SPOIL_STEPS = {"varied": 1600, "off-by-one": 900}
 
 
 def training_batch(tokenizer, rng, stage, step, tokens=3600):

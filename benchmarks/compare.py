@@ -95,7 +95,7 @@ EXPERIMENTS = {
         + cells("varied", f"opd release {CONTROLS}", curve=True)
         + cells("fork fork-mirror", "opd lgr lgr_topk release+lgr", curve=True)
         + cells("clean", "opd release rkl fkl")
-        + cells("confident", "opd release prefix"),
+        + cells("confident off-by-one", "opd release prefix"),
     ),
     "corruption": (
         "How bad the teacher is after move 6: share of garbled sentences in its training data",

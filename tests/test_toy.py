@@ -157,6 +157,21 @@ def test_a_tuple_of_horizons_is_read_at_the_start_mark():
         assert max(counts) - min(counts) < 0.1 * len(later)
 
 
+def test_a_drifting_response_is_one_mark_off_after_every_later_move():
+    """4 + 5 = 9, then 9 - 2 = 7 written as 8, then 8 + 3 = 11 written as 12."""
+    text = ("The dial starts at 4. Move 1 is plus 5. Move 2 is minus 2. Move 3 is plus 3. Where "
+            "does it stop?")
+    assert toy.dial_response({"problem": text}, drift=1).split(". ") == [
+        "The dial starts at 4", "Move 1 is plus 5, so 4 becomes 9",
+        "Move 2 is minus 2, so 9 becomes 8", "Move 3 is plus 3, so 8 becomes 12",
+        "The dial stops at \\boxed{12}.",
+    ]
+    for problem in toy.problems(20, moves=12):
+        assert toy.dial_response(problem, drift=12) == toy.dial_response(problem)
+        end = int(re.search(r"boxed{(\d+)}", toy.dial_response(problem, drift=6))[1])
+        assert end == (int(problem["answer"]) + 6) % 16
+
+
 def test_a_cut_response_stops_early_and_says_so():
     text = "The dial starts at 14. Move 1 is plus 5. Move 2 is minus 4. Where does it stop?"
     assert toy.dial_response({"problem": text}, cut=1).split(". ") == [
@@ -271,6 +286,7 @@ def test_graded_worlds():
     """One number differs from the world they grade, and nothing else does."""
     horizon, fork = toy.WORLDS["horizon"], toy.WORLDS["fork"]
     graded = {name: w for name, w in toy.WORLDS.items() if not w.shipped}
+    assert graded.pop("off-by-one").noise == {"drift": 6}  # no grade: another kind of wrong
     assert len(graded) == 7
     for c in (0.05, 0.1, 0.2, 0.3):
         w = graded[f"horizon-{c}"]
