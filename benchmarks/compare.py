@@ -120,22 +120,17 @@ EXPERIMENTS = {
         cells("varied", "opd")
         + cells("varied", "release", "", *(f"--margin-top-k {k}" for k in (2, 16, 32)))
         + cells("varied", "release", "--min-segments 1", "--min-segments 4")
-        + cells("varied", "release", "--rescale sequence", "--rescale none"),
+        + cells("varied", "release", "--rescale sequence"),
     ),
     "budget": (
         "How many tokens to supervise: fixed prefixes",
-        cells("horizon varied", "opd release prefix")
-        + cells("varied", "prefix", *(f"--prefix-tokens {n}" for n in (22, 44, 66, 99)))
-        + cells("horizon", "prefix", "--prefix-tokens 33", "--prefix-tokens 99"),
+        cells("varied", f"opd release {CONTROLS}")
+        + cells("varied", "prefix", *(f"--prefix-tokens {n}" for n in (22, 44, 66, 99))),
     ),
     "slips": (
         "How bad the teacher is after one of two wordings: share of slips in its training data",
         cells("fork-0.1 fork-0.25 fork fork-1.0", "opd lgr")
         + cells("fork-0.1 fork-0.25 fork fork-1.0", "lgr", "--lgr-normalize mean --lgr-gamma 4"),
-    ),
-    "std": (
-        "The control std without the budget: its own change point decides how many tokens",
-        cells("horizon varied", "std", "", "--budget own"),
     ),
     "long": (
         "A hundred steps (three seeds)",
