@@ -58,11 +58,10 @@ CURVES = [  # title, world, methods
     ("horizon", "horizon", CONTROLS),
     ("varied", "varied", CONTROLS),
     ("horizon: objectives", "horizon", ["opd", "release", "rkl", "fkl", "jsd"]),
-    ("clean", "clean", ["opd", "release", "rkl", "fkl", "jsd"]),
     ("fork", "fork", LOOKAHEAD),
     ("fork-mirror", "fork-mirror", LOOKAHEAD),
 ]
-DIFFICULTY = [("horizon", ["opd", "release", "lgr", "release+lgr"]), ("fork", ["opd", "lgr"])]
+DIFFICULTY = [("horizon", ["opd", "release"]), ("fork", ["opd", "lgr"])]
 TEACHERS_HORIZON = 6  # moves that the teacher of `horizon` knows
 GRADES = [  # title, x axis, {world named without its grade: grade}, {line: (method, flags)}
     (

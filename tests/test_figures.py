@@ -188,6 +188,7 @@ def everything(seeds=2):
         runs += [run(world, "prefix", s, ["--prefix-tokens", "28"], accuracy=wave, tokens=28.0)
                  for world in ("horizon", "varied")]  # fmt: skip
         runs += [run("fork-0.1", "lgr", s, moves=6, accuracy=wave)]
+        runs += [run("clean", "opd", s, accuracy=wave)]
         for flag, (world, method, *_, numeric) in figures.SENSITIVITY.items():
             value = "8" if numeric else "other"
             runs.append(run(world, method, s, [f"--{flag}", value], figures.usual_moves(world)))
