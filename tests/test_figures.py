@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# by its path: with the folder on sys.path, benchmarks/lgr.py would stand in for lgr.py
-SPEC = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks" / "figures.py")
-figures = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(figures)
+if "figures" not in sys.modules:  # benchmarks/compare.py imports it too
+    # by its path: with the folder on sys.path, benchmarks/lgr.py would stand in for lgr.py
+    SPEC = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks" / "figures.py")
+    sys.modules["figures"] = importlib.util.module_from_spec(SPEC)
+    SPEC.loader.exec_module(sys.modules["figures"])
+figures = sys.modules["figures"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
