@@ -75,13 +75,15 @@ def supervise(batch, candidate_logp_BTK, advantage_BT, tokenizer, splitter, args
     wanted_B = keep_BT.sum(dim=1)
     if args.mask == "prefix" and args.prefix_tokens:
         keep_BT = controls.first_tokens(wanted_B.clamp(max=args.prefix_tokens), keep_BT)
+    if not signals(args):
+        return Supervision(keep_BT, released_B, gain_B, wanted_B)
     mask_BT, ids_BT, value_BT = batch.response_mask_BT.cpu(), batch.ids_BT.cpu(), {}
     if "margin" in signals(args):
         value_BT["margin"] = teachability.teacher_margin(candidate_logp_BTK, kind=args.margin).cpu()
         counted_BT = batch.entropy_BT.cpu() >= args.margin_min_entropy
     if "spread" in signals(args):
         value_BT["spread"] = advantage_BT.cpu()
-    for row in range(B if value_BT else 0):
+    for row in range(B):
         mask_T = mask_BT[row]
         segment_T = teachability.token_segments(tokenizer, ids_BT[row, mask_T], splitter)
         for signal, values_BT in value_BT.items():

@@ -92,6 +92,7 @@ class _HeadGradient:
         self.grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if wants_weight else None
 
     def add(self, rows, grad_CV):
+        """The logits' gradient [C, V] at some positions."""
         grad_CV = grad_CV.to(self.weight_VD.dtype)
         if self.grad_hidden_ND is not None:
             self.grad_hidden_ND[rows] = grad_CV @ self.weight_VD
@@ -99,6 +100,7 @@ class _HeadGradient:
             self.grad_weight_VD += grad_CV.T @ self.hidden_ND[rows]
 
     def result(self):
+        """(d hidden [N, D], d weight [V, D]), None where it is not wanted."""
         if self.grad_weight_VD is None:
             return self.grad_hidden_ND, None
         return self.grad_hidden_ND, self.grad_weight_VD.to(self.weight_VD.dtype)

@@ -2,7 +2,8 @@ r"""The evidence: methods x toy worlds x seeds, every run the real `train.py`, a
 
     python benchmarks/compare.py                       every table and figure of the README
     python benchmarks/compare.py --quick               two seeds of the first table's core, minutes
-    python benchmarks/compare.py --only difficulty     one experiment (names: EXPERIMENTS, below)
+    python benchmarks/compare.py --only difficulty --out runs/difficulty
+                                                       one experiment (names: EXPERIMENTS, below)
     python benchmarks/compare.py --worlds fork --methods opd lgr --vary lgr-gamma 0 1 2 \
         --seeds 0 1 2 --out runs/mine -- --steps 60    a comparison of your own
 
@@ -154,6 +155,14 @@ def flags_of(cell: Cell, seed: int, folder: Path, extra: list[str]) -> list[str]
     return [*argv, "--seed", str(seed), "--out", str(folder), *cell.flags, *extra]
 
 
+def finished(folder: Path, cell: Cell) -> bool:
+    """Whether the run is there, evaluated as often as the cell wants it."""
+    if not (folder / "student").exists():
+        return False
+    every = json.loads((folder / "config.json").read_text())["flags"]["eval_every"]
+    return every > 0 or not cell.curve
+
+
 def train_here(argv: list[str], log: Path) -> None:
     """In a process of its own: `train.py` with these flags, its output in a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +183,7 @@ def run_all(todo: list[tuple[Cell, int]], place: Path, jobs: int, extra: list[st
     missing = []
     for cell, seed in todo:
         folder = place / f"{cell.name}-seed{seed}"
-        if not (folder / "student").exists():
+        if not finished(folder, cell):
             shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
             argv = flags_of(cell, seed, folder, extra)
             missing.append((argv, folder.with_name(folder.name + ".txt")))
@@ -320,8 +329,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--jobs must be at least 1, not {args.jobs}")
     if args.vary and not args.worlds:
         parser.error("--vary needs --worlds")
-    if (args.worlds or args.extra) and args.out is None:
-        parser.error("a comparison of your own needs --out, so as not to overwrite results/")
+    part = args.worlds or args.extra or (args.only or args.seeds) and not args.quick
+    if part and args.out is None:
+        parser.error("part of the comparison, or your own, needs --out: results/ holds the whole")
     if args.extra and args.runs == ROOT / "runs" / "compare":
         args.runs = args.out / "runs"  # other flags, other runs
     return args

@@ -82,6 +82,7 @@ def test_compare_says_which_run_failed(tmp_path):
     ("--only everything", "everything"), ("--worlds nowhere --out x", "nowhere"),
     ("--worlds fork", "needs --out"), ("--vary lgr-gamma 1", "--vary needs --worlds"),
     ("--jobs 0", "--jobs must be at least 1"), ("-- --steps 1", "needs --out"),
+    ("--only budget", "needs --out"), ("--seeds 0", "needs --out"),
 ])
 def test_compare_refuses(flags, culprit, capsys):
     with pytest.raises(SystemExit) as left:
@@ -132,6 +133,18 @@ def test_experiments_share_runs_and_the_one_with_a_curve_wins():
         assert [cell.curve for cell, _ in todo] == [True] * 3 + [False] * 3
     everything = compare.list_runs(compare.EXPERIMENTS, [0])
     assert len({cell.name for cell, _ in everything}) == len(everything)
+
+
+def test_a_run_without_a_curve_is_not_taken_for_one_with(tmp_path):
+    (plain,) = compare.cells("horizon", "opd")
+    (curve,) = compare.cells("horizon", "opd", curve=True)
+    (tmp_path / "student").mkdir()
+    for every, enough in ((0, False), (10, True)):
+        config = {"flags": {"eval_every": every}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert compare.finished(tmp_path, plain) and compare.finished(tmp_path, curve) == enough
+    (tmp_path / "student").rmdir()
+    assert not compare.finished(tmp_path, plain)
 
 
 def test_every_experiment_is_made_of_flags_that_train_takes():
