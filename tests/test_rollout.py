@@ -1,6 +1,7 @@
 """rollout.generate against `model.generate`, full forwards and exact frequencies."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,8 +11,16 @@ from transformers import (
     BloomForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 import rollout
@@ -150,13 +159,132 @@ def test_vocab_size_cuts_the_distribution(model):
     assert abs(out.logp_BT[0, 2] - logp_TV[1, out.ids_BT[0, 2]]) < 1e-4
 
 
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+FAMILIES = {
+    "attention biases": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True}),
+    "biases": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
+    "llama 3 positions": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3}),
+    "gelu": (LlamaConfig, LlamaForCausalLM, {"hidden_act": "gelu"}),
+    "one key head": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 1}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 12}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "qwen3 with yarn": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16, "rope_parameters": YARN}),
+    "tied": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8, "tie_word_embeddings": True}),
+}  # fmt: skip
+
+
+def family(name):
+    """A random model of a family, with biases and norms that are not 0 and 1."""
+    config, kind, more = FAMILIES[name]
+    torch.manual_seed(0)
+    model = kind(config(**(SIZES | more))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("most_copied", [0, 2**26])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_our_decoding_step_is_the_models(name, most_copied, monkeypatch):
+    """Rollouts by LlamaStep and by the model's own forward: the same tokens and statistics, in
+    float64 and with matrices put together or not; it does run, and has nothing to warn of."""
+    monkeypatch.setattr(rollout.LlamaStep, "MOST_COPIED", most_copied)
+    model, calls = family(name).double(), []
+    assert rollout.LlamaStep.fits(model)
+    backbone = rollout.LlamaStep.backbone
+    monkeypatch.setattr(
+        rollout.LlamaStep, "backbone",
+        lambda self, *args: calls.append(self.fuse) or backbone(self, *args),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = sample(model, batch_size=4, max_new_tokens=30)
+    assert len(calls) > 20 and set(calls) == {most_copied > 0}
+    monkeypatch.setattr(rollout.LlamaStep, "fits", staticmethod(lambda model: False))
+    theirs, count = sample(model, batch_size=4, max_new_tokens=30), len(calls)
+    assert len(calls) == count and torch.equal(ours.ids_BT, theirs.ids_BT)
+    for field in ("logp_BT", "entropy_BT"):
+        assert torch.allclose(getattr(ours, field), getattr(theirs, field), atol=1e-5)
+    assert torch.equal(ours.topk_ids_BTK, theirs.topk_ids_BTK)
+
+
+def test_our_decoding_step_in_bfloat16():
+    """Under autocast, as training on a GPU samples, and for a model of that type: its statistics
+    are as near to float64's as those of the model's own forward."""
+    for cast in (False, True):
+        model = family("qwen3")
+        out = {}
+        for own in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                if not own:
+                    patch.setattr(rollout.LlamaStep, "fits", staticmethod(lambda model: False))
+                with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                    warnings.simplefilter("error")
+                    out[own] = sample(model if cast else family("qwen3").bfloat16())
+        exact, error = family("qwen3").double(), {}
+        for own, rollouts in out.items():
+            with torch.no_grad():
+                logp_BTV = torch.log_softmax(exact(rollouts.ids_BT).logits[:, :-1], dim=-1)
+            logp_BT = logp_BTV.gather(2, rollouts.ids_BT[:, 1:, None])[..., 0]
+            inside_BT = rollouts.response_mask_BT[:, 1:]
+            error[own] = (logp_BT - rollouts.logp_BT[:, 1:])[inside_BT].abs().mean()
+        assert error[True] < 1.5 * error[False] + 0.01
+
+
+def test_models_that_are_not_as_expected_go_through_their_own_forward():
+    model = family("qwen3")
+    assert rollout.LlamaStep.fits(model) and not rollout.LlamaStep.fits(tiny_model("gpt2"))
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda module, x, y: 2 * y)
+    assert not rollout.LlamaStep.fits(model)  # an adapter, say
+    handle.remove()
+
+    class Adapter(torch.nn.Linear):
+        pass
+
+    model.model.layers[0].self_attn.v_proj = Adapter(32, 32)
+    assert not rollout.LlamaStep.fits(model)
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    changing = LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=dynamic))
+    assert not rollout.LlamaStep.fits(changing)
+
+
+def test_a_step_that_disagrees_with_the_model_is_not_used(model, monkeypatch):
+    """Should the library change what a Llama is, rollouts stay right and the user hears of it."""
+    right = sample(model)
+    monkeypatch.setattr(rollout, "rms_norm", lambda x, module: 1.5 * x)
+    if rollout.LlamaStep.fits(model):
+        with pytest.warns(UserWarning, match="gives other logits than the library's forward"):
+            out = sample(model)
+    else:
+        out = sample(model)
+    assert torch.equal(out.ids_BT, right.ids_BT)
+
+
 @pytest.fixture
 def rows_seen(model):
-    """How many rows the model's head got, call by call."""
-    seen = []
-    model.get_output_embeddings().register_forward_hook(
-        lambda module, inputs, output: seen.append(inputs[0].shape[0])
-    )
+    """How many rows the model's head got, call by call, after the comparison of `LlamaStep` with
+    the model's own forward: two calls on one row."""
+    seen, skip = [], 2 if rollout.LlamaStep.fits(model) else 0
+
+    def count(module, inputs, output):
+        nonlocal skip
+        if skip == 0:
+            seen.append(inputs[0].shape[0])
+        skip = max(skip - 1, 0)
+
+    model.get_output_embeddings().register_forward_hook(count)
     return seen
 
 
@@ -188,10 +316,28 @@ def test_under_autocast_the_cache_is_in_its_type(model, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         out = sample(model, max_new_tokens=40)
         logits_BTV = model(out.ids_BT).logits
-    assert {x.dtype for pair in made[0].layers.values() for x in pair} == {torch.bfloat16}
-    logp_BT = torch.log_softmax(logits_BTV[:, :-1].float(), -1).gather(2, out.ids_BT[:, 1:, None])
-    error = (logp_BT[..., 0] - out.logp_BT[:, 1:])[out.response_mask_BT[:, 1:]].abs()
-    assert error.mean() < 0.1 and not model.training
+    assert {buffer.dtype for buffer in made[0].layers.values()} == {torch.bfloat16}
+    logp_BTV = torch.log_softmax(logits_BTV[:, :-1].float(), -1)
+    logp_BT = logp_BTV.gather(2, out.ids_BT[:, 1:, None])[..., 0]
+    entropy_BT = -(logp_BTV.exp() * logp_BTV).sum(-1)
+    inside_BT = out.response_mask_BT[:, 1:]
+    for theirs, ours in ((logp_BT, out.logp_BT), (entropy_BT, out.entropy_BT)):
+        assert (theirs - ours[:, 1:])[inside_BT].abs().mean() < 0.1
+    assert not model.training
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_statistics_of_a_draw_are_float32(autocast):
+    """Entropy and log-prob against float64, also under autocast and at the edge, 0 log 0."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(5, 999, generator=generator)
+    logits[0, :500] = -math.inf
+    uniform = torch.rand(5, generator=generator, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        token, logp, entropy, _ = rollout.sample_token(logits, 0.7, uniform, 3)
+    prob = torch.softmax(logits.double() / 0.7, dim=-1)
+    assert torch.allclose(entropy.double(), torch.special.entr(prob).sum(-1), atol=1e-5, rtol=1e-5)
+    assert torch.allclose(logp.double(), prob.gather(1, token[:, None])[:, 0].log(), atol=1e-5)
 
 
 def test_training_mode_is_restored_and_dropout_does_not_act():
