@@ -7,13 +7,26 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import tiny_model
 
 ROOT = Path(__file__).parent.parent
-SPEC = importlib.util.spec_from_file_location("compare", ROOT / "benchmarks" / "compare.py")
-compare = sys.modules["compare"] = importlib.util.module_from_spec(SPEC)  # dataclasses look it up
-SPEC.loader.exec_module(compare)
+
+
+def load_benchmark(name):
+    """A file of benchmarks/ as a module, under a name that hides none of the project's."""
+    spec = importlib.util.spec_from_file_location(
+        f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py"
+    )
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for dataclasses
+    spec.loader.exec_module(module)
+    return module
+
+
+compare = load_benchmark("compare")
 
 
 def last_line(*command):
@@ -32,6 +45,62 @@ def test_lgr():
     rows = [line for line in shown.splitlines() if line.startswith(("| 48 |", "| 64 |"))]
     # naive is timed at the last length only
     assert len(rows) == 2 and rows[0].endswith("| - |") and not rows[1].endswith("| - |")
+
+
+def test_step():
+    """Both parts; TRL's side where it is installed, after its loss and gradient were compared."""
+    figures, shown = last_line("benchmarks/step.py", "--vocabularies", "64", "--prompts", "2",
+                               "--prompt-tokens", "3", "--tokens", "4", "--rounds", "1",
+                               "--steps-per-round", "1", "--no-memory", "--",
+                               "--prompts-per-step", "2", "--difficulty", "1")
+    assert all(value > 0 for value in figures.values())
+    assert set(figures) >= {"ours_s_64", "opd_s_horizon", "rkl_over_opd", "release_over_opd",
+                            "release_over_opd_wall", "release_over_opd_without_update",
+                            "lgr_over_opd", "lgr_over_opd_flops"}
+    assert "| 64 | ours |" in shown and "| fork | lgr |" in shown
+    if importlib.util.find_spec("trl") is None:
+        assert "our side alone" in shown and "trl_over_ours_64" not in figures
+    else:
+        assert "trl_over_ours_64" in figures and "on the same rollouts loss" in shown
+
+
+def test_step_without_trl_and_with_memory(tmp_path, monkeypatch):
+    (tmp_path / "trl.py").write_text("raise ImportError('none here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    figures, shown = last_line("benchmarks/step.py", "--only", "peer", "--vocabularies", "64",
+                               "--prompts", "2", "--prompt-tokens", "3", "--tokens", "4",
+                               "--rounds", "1", "--steps-per-round", "1")
+    assert set(figures) == {"ours_s_64", "ours_peak_MiB_64"} and "TRL /" not in shown
+    assert "our side alone" in shown and "none here" in shown
+
+
+def test_flops_of_a_step_by_torchs_counter():
+    """torch counts the whole square of attention, the benchmark its causal half."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    step, model = load_benchmark("step"), tiny_model("qwen3")
+    token, column, head = step.costs(model, 61)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.arange(10)[None])
+    counts = counter.get_flop_counts()["Global"]
+    attention = sum(n for op, n in counts.items() if "attention" in str(op))
+    assert sum(counts.values()) - attention == 10 * (token + head)
+    assert attention in (0, 10 * 10 * column)  # not every CPU kernel is known to the counter
+    run = SimpleNamespace(model=model, teacher=model, vocab_size=61)
+    mask_BT = torch.tensor([[False] * 4 + [True] * 6, [False] * 3 + [True] * 3 + [False] * 4])
+    parts = step.flops(run, mask_BT)
+    assert parts["score"] == (10 + 6) * token + (55 + 21) * column + (6 + 3) * head
+    assert parts["sample"] == (9 + 5) * token + (45 + 15) * column + (6 + 3) * head
+    assert parts["update"] == 3 * parts["score"]
+    padded = step.flops(run, mask_BT, padded=True)
+    assert padded["score"] == 20 * token + 110 * column + 9 * head
+    ids_BT = torch.tensor([[5, 6, 7]])
+    everywhere_BT = torch.ones(1, 3, dtype=torch.bool)
+    trigger_BT = torch.tensor([[False, True, True]])
+    candidates_BTK = torch.tensor([[[0, 0], [6, 8], [8, 9]]])  # 6 was sampled: the trunk itself
+    leaf_N = step.lgr_leaves([(None, ids_BT, everywhere_BT, trigger_BT, candidates_BTK)])
+    assert leaf_N.tolist() == [1, 2, 2]
+    assert step.leaf_flops(run, leaf_N) == 3 * (token + head) + (2 + 3 + 3) * column
 
 
 def test_compare(tmp_path):
