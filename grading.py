@@ -6,18 +6,32 @@ One teacher pass per micro-batch, the trunk, and everything is read off it while
   mask        which tokens to supervise: all, or those before the teacher's margin   teachability.py
               over the student's candidates collapses (release rule, 2605.13643),    release_rule.py
               or as many elsewhere (controls; they see the whole batch, so they act  controls.py
-              when all its micro-batches are graded)
+              when all its micro-batches are graded). Sentences depend on the text
+              alone, so other processes split it while the teacher computes
   look ahead  the teacher's confidence one step after each of the student's          lgr.py
               candidates, against the trunk's KV cache (LGR, 2605.30833)
 
 `args` is what `train.py` parses; its flags of the same names are read here.
 
-Letters: B rows, T tokens, K candidates, U tokens of a union of candidates, N segments.
+Letters: B rows, T tokens, F tokens of all responses one behind the other, K candidates, U tokens of
+a union of candidates, N segments.
 """
 
+import contextlib
 import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 import controls
@@ -28,11 +42,141 @@ import rollout
 import teachability
 
 
-def micro_batches(count: int, size: int) -> list[slice]:
-    """Slices of at most `size` rows."""
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+def micro_batches(length_B, most_rows: int = 0, most_tokens: int = 0) -> list[torch.Tensor]:
+    """Rows of similar length together, so that little padding is computed.
+
+    length_B: columns that every row needs, int64.
+    most_rows, most_tokens: of a micro-batch its rows, and its rows times the longest of them; 0:
+        any number. A row that is longer than most_tokens is alone.
+    Returns the row numbers of each, int64 on the device of length_B: micro-batches from the longest
+    rows to the shortest, and the rows of each in the order of the batch, so that a batch that fits
+    into one is computed as it stands.
+
+    >>> [rows.tolist() for rows in micro_batches(torch.tensor([4, 9, 3, 4, 2]), most_tokens=12)]
+    [[1], [0, 2, 3], [4]]
+    """
+    order_B = length_B.argsort(descending=True, stable=True)
+    pieces, longest = [], 0
+    for row, length in zip(order_B.tolist(), length_B[order_B].tolist(), strict=True):
+        rows = len(pieces[-1]) + 1 if pieces else 0  # with this one
+        over = (most_rows and rows > most_rows) or (most_tokens and rows * longest > most_tokens)
+        if not pieces or over:
+            pieces.append([])
+            longest = length
+        pieces[-1].append(row)
+    return [torch.tensor(sorted(piece), device=length_B.device) for piece in pieces]
 
 
+def columns_up_to_last(mask_BT: torch.Tensor) -> torch.Tensor:
+    """How many columns of each row reach up to its last true one, int64 [B]; 0 without one.
+
+    >>> columns_up_to_last(torch.tensor([[False, True, False], [False, False, False]]))
+    tensor([2, 0])
+    """
+    column_T = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)
+    return (mask_BT * column_T).amax(dim=1)
+
+
+# ------------------------------------------------------------------ sentences, while others compute
+class Sentences:
+    """Splits responses into sentences, in processes of its own while the teacher computes.
+
+    tokenizer, splitter: as in `teachability.token_segments`.
+    workers: processes, forked here and now, so there should be no CUDA context, process group or
+        model in this process yet. With 0, where systems cannot fork safely (Windows, macOS), and in
+        a daemonic process, which may not have children, this process splits, with the same result.
+    Workers live until `close`; if this process is killed, a second longer.
+    """
+
+    def __init__(self, tokenizer, splitter, workers: int = 0):
+        self.texts, self.splitter = teachability.KnownTexts(tokenizer), splitter
+        can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+        may_fork = not multiprocessing.current_process().daemon
+        self.workers = workers if can_fork and may_fork else 0
+        if self.workers:
+            self.pool = ProcessPoolExecutor(
+                workers, multiprocessing.get_context("fork"),
+                _start_worker, (os.getpid(), self.texts, splitter),
+            )  # fmt: skip
+            with _tokenizers_expect_a_fork():
+                self.pool.submit(int).result()  # all are forked when the first task comes
+            self.shutdown = weakref.finalize(self, self.pool.shutdown, cancel_futures=True)
+
+    def begin(self, ids: list[np.ndarray]) -> Callable[[], list[torch.Tensor]]:
+        """Begin to split some responses, [T] ids each, as they were sampled.
+
+        Returns a function that waits for their segments, int64 [T] each. Without workers it is the
+        one that does the work. It raises RuntimeError if a worker failed, with its message, or if
+        one died.
+        """
+        if not self.workers:
+            return lambda: [
+                teachability.token_segments(self.texts, ids_T, self.splitter) for ids_T in ids
+            ]
+        cuts = [len(ids) * worker // self.workers for worker in range(self.workers + 1)]
+        parts = [ids[start:end] for start, end in zip(cuts, cuts[1:], strict=False) if start < end]
+        jobs = [self.pool.submit(_sentence_lengths, part) for part in parts]
+
+        def wait() -> list[torch.Tensor]:
+            try:
+                lengths = [length_N for job in jobs for length_N in job.result()]
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    "a process that splits sentences has died, perhaps for want of memory; "
+                    "--sentence-workers 0 does without"
+                ) from error
+            return [torch.repeat_interleave(torch.from_numpy(length_N)) for length_N in lengths]
+
+        return wait
+
+    def close(self) -> None:
+        """Let the workers go; what they have not begun remains undone."""
+        if self.workers:
+            self.shutdown()
+
+
+_worker = {}  # what a process that splits sentences was started with
+
+
+def _start_worker(parent: int, texts: teachability.KnownTexts, splitter) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which will say so
+    torch.set_num_threads(1)
+    _worker["how"] = texts, splitter
+
+    def leave_with_parent():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _sentence_lengths(ids: list[np.ndarray]) -> list[np.ndarray]:
+    """In a worker: how many tokens every sentence of every response has, int64 [N] each. That is
+    all it takes to write the segments down, and a tenth of their size or less."""
+    texts, splitter = _worker["how"]
+    try:
+        segments = [teachability.token_segments(texts, ids_T, splitter) for ids_T in ids]
+    except Exception as error:  # some cannot travel between processes
+        raise RuntimeError(f"splitting sentences: {type(error).__name__}: {error}") from error
+    return [torch.bincount(segment_T).numpy() for segment_T in segments]
+
+
+@contextlib.contextmanager
+def _tokenizers_expect_a_fork():
+    """The tokenizers library warns in every forked process, unless told that it need not use its
+    threads there."""
+    name = "TOKENIZERS_PARALLELISM"
+    told = name in os.environ
+    os.environ.setdefault(name, "false")
+    try:
+        yield
+    finally:
+        if not told:
+            del os.environ[name]
+
+
+# ----------------------------------------------------------------------------- what is supervised
 @dataclass
 class Supervision:
     """Which tokens to supervise, and what the rule saw.
@@ -63,45 +207,51 @@ def spends_budget(args) -> bool:
     return args.mask in controls.CONTROLS and "margin" in signals(args)
 
 
-def supervise(batch, candidate_logp_BTK, advantage_BT, tokenizer, splitter, args) -> Supervision:
-    """Per rollout: sentences, a score each, a change point, the keep mask.
+def supervise(batch, candidate_logp_BTK, advantage_BT, segments, args) -> Supervision:
+    """Per rollout: a score for every sentence, a change point, the keep mask.
 
     candidate_logp_BTK: for the margin, the teacher's log-probs of the student's candidates.
     advantage_BT: for the spread, log p_T - log p_S of the sampled tokens, nats.
+    segments: of every response, int64 [T] on the CPU; unused when there are no `signals`.
     """
-    B, keep_BT = len(batch.ids_BT), batch.response_mask_BT.clone()
-    released_B = torch.zeros(B, dtype=torch.bool, device=keep_BT.device)
-    gain_B = torch.zeros(B, dtype=torch.float64, device=keep_BT.device)
-    wanted_B = keep_BT.sum(dim=1)
+    mask_BT, keep_BT = batch.response_mask_BT, batch.response_mask_BT.clone()
+    B, device = len(mask_BT), mask_BT.device
+    wanted_B = mask_BT.sum(dim=1)
     if args.mask == "prefix" and args.prefix_tokens:
         keep_BT = controls.first_tokens(wanted_B.clamp(max=args.prefix_tokens), keep_BT)
     if not signals(args):
-        return Supervision(keep_BT, released_B, gain_B, wanted_B)
-    mask_BT, ids_BT, value_BT = batch.response_mask_BT.cpu(), batch.ids_BT.cpu(), {}
-    if "margin" in signals(args):
-        value_BT["margin"] = teachability.teacher_margin(candidate_logp_BTK, kind=args.margin).cpu()
-        counted_BT = batch.entropy_BT.cpu() >= args.margin_min_entropy
-    if "spread" in signals(args):
-        value_BT["spread"] = advantage_BT.cpu()
-    for row in range(B):
-        mask_T = mask_BT[row]
-        segment_T = teachability.token_segments(tokenizer, ids_BT[row, mask_T], splitter)
-        for signal, values_BT in value_BT.items():
-            if signal == "margin":
-                scores_N = teachability.segment_scores(
-                    values_BT[row, mask_T], segment_T, include_T=counted_BT[row, mask_T]
-                )
-            else:
-                scores_N = teachability.segment_spread(values_BT[row, mask_T], segment_T)
-            point = release_rule.release_point(
-                scores_N, min_segments=args.min_segments, eps=args.bic_eps
+        nothing_B = torch.zeros(B, dtype=torch.bool, device=device)
+        return Supervision(keep_BT, nothing_B, nothing_B.double(), wanted_B)
+    # One response behind the other, its sentences numbered on from those of the one before: one
+    # call scores them all.
+    counts = [int(segment_T[-1]) + 1 if len(segment_T) else 0 for segment_T in segments]
+    first_B = np.cumsum([0, *counts[:-1]]).tolist()
+    segment_F = torch.cat([x + first for x, first in zip(segments, first_B, strict=True)])
+    for signal_name in signals(args):
+        if signal_name == "margin":
+            margin_BT = teachability.teacher_margin(candidate_logp_BTK, kind=args.margin)
+            counted_BT = batch.entropy_BT >= args.margin_min_entropy
+            scores_N = teachability.segment_scores(
+                margin_BT[mask_BT].cpu(), segment_F, include_T=counted_BT[mask_BT].cpu()
             )
-            keep_T = torch.from_numpy(release_rule.keep_mask(segment_T, point.kept))
-            if signal == signals(args)[0]:
-                keep_BT[row, batch.response_mask_BT[row]] = keep_T.to(keep_BT.device)
-            released_B[row], gain_B[row] = point.kept is not None, point.gain
-            wanted_B[row] = int(keep_T.sum())
-    return Supervision(keep_BT, released_B, gain_B, wanted_B)
+        else:
+            scores_N = teachability.segment_spread(advantage_BT[mask_BT].cpu(), segment_F)
+        points = [
+            release_rule.release_point(own_N, min_segments=args.min_segments, eps=args.bic_eps)
+            for own_N in scores_N.split(counts)
+        ]
+        keep = [
+            release_rule.keep_mask(segment_T, point.kept)
+            for segment_T, point in zip(segments, points, strict=True)
+        ]
+        if signal_name == signals(args)[0]:
+            keep_BT[mask_BT] = torch.from_numpy(np.concatenate(keep)).to(device)
+    return Supervision(
+        keep_BT,
+        torch.tensor([point.kept is not None for point in points], device=device),
+        torch.tensor([point.gain for point in points], dtype=torch.float64, device=device),
+        torch.tensor([int(keep_T.sum()) for keep_T in keep], device=device),
+    )
 
 
 @dataclass
@@ -195,46 +345,59 @@ def pick(data, rows, columns: int):
     return type(data)(**fields)
 
 
-def stack(parts: list, columns: int):
-    """The inverse of `pick`: rows one below the other, filled up with zeros to `columns`."""
+def stack(parts: list, pieces: list[torch.Tensor], columns: int):
+    """The inverse of `pick` over micro-batches: every row back in its place, filled up with zeros
+    to `columns`."""
     first = parts[0]
     if isinstance(first, torch.Tensor):
-        if first.dim() == 1:
-            return torch.cat(parts)
-        out = first.new_zeros(sum(map(len, parts)), columns, *first.shape[2:])
-        for rows, part in zip(out.split([len(part) for part in parts]), parts, strict=True):
-            rows[:, : part.shape[1]] = part
+        shape = (columns, *first.shape[2:]) if first.dim() > 1 else ()
+        out = first.new_zeros(sum(map(len, pieces)), *shape)
+        for rows, part in zip(pieces, parts, strict=True):
+            if part.dim() > 1:
+                out[rows, : part.shape[1]] = part
+            else:
+                out[rows] = part
         return out
     if first is None:
         return None
     names = [f.name for f in dataclasses.fields(first)]
-    return type(first)(**{n: stack([getattr(part, n) for part in parts], columns) for n in names})
+    return type(first)(
+        **{n: stack([getattr(part, n) for part in parts], pieces, columns) for n in names}
+    )
 
 
 @torch.no_grad()
 def grade(
-    teacher, batch: rollout.Rollout, args, *, tokenizer, splitter, vocab_size: int, lap
+    teacher, batch: rollout.Rollout, args, *, sentences: Sentences | None, vocab_size: int, lap
 ) -> Grades:
-    """Grade `args.micro_batch` rollouts at a time: the teacher's KV cache of a micro-batch lives
-    until its leaves are scored, and no longer.
+    """Grade a micro-batch at a time: the teacher's KV cache of one lives until its leaves are
+    scored, and no longer.
 
     Args:
         teacher: a Hugging Face causal LM.
         batch: from `rollout.generate`, with as many top-K ids as the methods look at.
-        tokenizer, splitter: for the release rule's sentences; splitter may be None without it.
+        sentences: splits the responses for the release rule; may be None where `signals` is empty.
         vocab_size: ids that student and teacher share.
         lap: called with "score", "mask", "lookahead" at the end of each, to charge its time.
     """
+    mask_BT = batch.response_mask_BT
+    length_B = columns_up_to_last(mask_BT)
+    pieces = micro_batches(length_B, args.micro_batch, args.tokens_per_micro_batch)
+    waits = [None] * len(pieces)
+    if signals(args):  # hand all of them over before the teacher begins
+        ids_F = batch.ids_BT[mask_BT].int().cpu().numpy()
+        ids = np.split(ids_F, mask_BT.sum(dim=1).cumsum(dim=0).tolist()[:-1])
+        waits = [sentences.begin([ids[row] for row in rows.tolist()]) for rows in pieces]
+        lap("mask")
     parts = []
-    for rows in micro_batches(len(batch.ids_BT), args.micro_batch):
-        used = int(batch.response_mask_BT[rows].any(dim=0).nonzero().max()) + 1
-        part = pick(batch, rows, used)
-        parts.append(grade_rows(teacher, part, args, tokenizer, splitter, vocab_size, lap))
-    return stack(parts, batch.ids_BT.shape[1])
+    for rows, wait in zip(pieces, waits, strict=True):
+        part = pick(batch, rows, int(length_B[rows].max()))
+        parts.append(grade_rows(teacher, part, args, wait, vocab_size, lap))
+    return stack(parts, pieces, batch.ids_BT.shape[1])
 
 
-def grade_rows(teacher, batch, args, tokenizer, splitter, vocab_size, lap) -> Grades:
-    """`grade` for one micro-batch."""
+def grade_rows(teacher, batch, args, wait, vocab_size, lap) -> Grades:
+    """`grade` for one micro-batch; `wait` gives the segments of its responses."""
     topk, lookahead = args.objective == "topk", args.lookahead == "on"
     margin = "margin" in signals(args)
     scored = max(args.margin_top_k * margin, args.union_top_k * topk)
@@ -252,7 +415,8 @@ def grade_rows(teacher, batch, args, tokenizer, splitter, vocab_size, lap) -> Gr
     lap("score")
     margins_of = stats.candidate_logp_BTK[..., : args.margin_top_k] if scored else None
     advantage_BT = stats.logp_BT - batch.logp_BT
-    choice = supervise(batch, margins_of, advantage_BT, tokenizer, splitter, args)
+    segments = wait() if wait is not None else None
+    choice = supervise(batch, margins_of, advantage_BT, segments, args)
     lap("mask")
     grades = Grades(stats.logp_BT, stats.max_prob_BT, choice)
     if args.objective in logprobs.DIVERGENCES:

@@ -154,6 +154,8 @@ FLAGS = {
          {"choices": ["batch", "sequence", "none"]}),
         ("--splitter", "auto", "NLTK's pretrained English Punkt, or an untrained one",
          {"choices": ["auto", "pretrained", "untrained"]}),
+        ("--sentence-workers", (1, 4), "processes that split sentences while the teacher computes, "
+         "per process; 0: none", {}),
         ("--budget", "release", "of masks prefix, shuffled, random, std: as many tokens of every "
          "batch as the release rule keeps; own (std): as many as its own change point keeps",
          {"choices": ["release", "own"]}),
@@ -184,7 +186,9 @@ FLAGS = {
         ("--updates-per-rollout", 1, "above 1: PPO's clipped ratio", {"low": 1}),
         ("--clip-low", 0.2, "ratio at least 1 - this", {"high": 1}),
         ("--clip-high", 0.28, "ratio at most 1 + this", {}),
-        ("--micro-batch", (64, 4), "rows per forward pass", {"low": 1}),
+        ("--micro-batch", (64, 0), "most rows per forward pass; 0: any number", {}),
+        ("--tokens-per-micro-batch", (16384, 32768), "most tokens per forward pass, padding "
+         "included: bounds memory; a longer row goes alone; 0: any number", {}),
         ("--gradient-checkpointing", False, "less memory, one more forward", {}),
     ],
     "evaluation and machine": [
@@ -209,7 +213,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Print the message on rank 0 and leave with exit code 2."""
         if os.environ.get("RANK", "0") == "0":
-            print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
+            line = " ".join(message.split())
+            print(f"{self.prog}: error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -427,22 +432,22 @@ def update(student, optimizer, batch, grades, advantage_BT, weight_BT, args, tea
     """Phase 5: one optimizer step over micro-batches; returns (loss over all ranks, grad norm).
     The exact divergences need the teacher's head.
 
-    Columns after the last kept token are cut off before the forward: attention is causal, so what
-    was released costs nothing.  Rows without a kept token are left out too, but every process runs
-    at least one backward, or DDP would wait for it for ever.
+    Rows of similar length go together, and columns after the last kept token are cut off before the
+    forward: attention is causal, so what was released costs nothing.  Rows without a kept token are
+    left out too, but every process runs at least one backward, or DDP would wait for it for ever.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     keep_BT = grades.choice.keep_BT
-    row_R = keep_BT.any(dim=1).nonzero()[:, 0]
+    length_B = grading.columns_up_to_last(keep_BT)
+    row_R = length_B.nonzero()[:, 0]
     row_R = row_R if len(row_R) else torch.zeros(1, dtype=torch.int64, device=keep_BT.device)
-    slices = grading.micro_batches(len(row_R), args.micro_batch)
+    limits = args.micro_batch, args.tokens_per_micro_batch
+    pieces = [row_R[piece_R] for piece_R in grading.micro_batches(length_B[row_R], *limits)]
     optimizer.zero_grad(set_to_none=True)
     local_loss = 0.0
-    for piece in slices:
-        rows = row_R[piece]
-        kept_columns = keep_BT[rows].any(dim=0).nonzero()
-        used = int(kept_columns.max()) + 1 if len(kept_columns) else 2
-        last = piece.stop == len(row_R)
+    for rows in pieces:
+        used = max(int(length_B[rows].max()), 2)  # a row without a kept token still needs a pass
+        last = rows is pieces[-1]
         wait = contextlib.nullcontext() if last or world == 1 else student.no_sync()
         with wait:
             own = [grading.pick(x, rows, used) for x in (batch, grades, advantage_BT, weight_BT)]
@@ -474,6 +479,7 @@ class Run:
     tokenizer: object
     splitter: object
     splitter_name: str
+    sentences: grading.Sentences | None
     vocab_size: int
     pad_id: int
     prompts: list[list[int]]
@@ -544,8 +550,7 @@ def train_step(run: Run, step: int) -> dict:
         run.teacher,
         batch,
         args,
-        tokenizer=run.tokenizer,
-        splitter=run.splitter,
+        sentences=run.sentences,
         vocab_size=run.vocab_size,
         lap=watch.lap,
     )
@@ -816,17 +821,18 @@ def prepare(args, rank: int, world: int) -> Run:
             )
     for config in configs.values():
         evaluate.check_fit(config, all_problems, all_prompts, args.max_new_tokens)
-    splitter, splitter_name = None, None
+    splitter, splitter_name, sentences = None, None, None
     if grading.signals(args):
         try:
             splitter, splitter_name = teachability.sentence_splitter(args.splitter, download=True)
         except LookupError as error:
             raise ValueError(f"--splitter {args.splitter}: {error}") from None
+        sentences = grading.Sentences(tokenizer, splitter, args.sentence_workers)
     return Run(
         args=args, rank=rank, world=world, tokenizer=tokenizer, splitter=splitter,
-        splitter_name=splitter_name, vocab_size=vocab_size, pad_id=evaluate.pad_id(tokenizer),
-        prompts=prompts, eval_problems=eval_problems, eval_prompts=eval_prompts,
-        ood_problems=ood_problems, ood_prompts=ood_prompts,
+        splitter_name=splitter_name, sentences=sentences, vocab_size=vocab_size,
+        pad_id=evaluate.pad_id(tokenizer), prompts=prompts, eval_problems=eval_problems,
+        eval_prompts=eval_prompts, ood_problems=ood_problems, ood_prompts=ood_prompts,
     )
 
 
@@ -1004,10 +1010,22 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0:  # alone: another rank's probe in an empty folder would look like a file
             check_folder(out)
         run = prepare(args, rank, world)
-        device = start_processes(args, world)
-        load_models(run, device)
     except ValueError as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(str(error))
+    try:
+        train_and_save(run, out, parser)
+    finally:  # also on errors: nothing is to wait for sentences that nobody wants any more
+        if run.sentences is not None:
+            run.sentences.close()
+
+
+def train_and_save(run: Run, out: Path, parser: Parser) -> None:
+    """`main` from the weights on."""
+    args, rank = run.args, run.rank
+    try:
+        load_models(run, start_processes(args, run.world))
+    except ValueError as error:
+        parser.error(str(error))
     if rank == 0:
         make_folder(out)
         (out / "config.json").write_text(json.dumps(describe(run), indent=2) + "\n")

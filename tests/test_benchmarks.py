@@ -103,6 +103,30 @@ def test_flops_of_a_step_by_torchs_counter():
     assert step.leaf_flops(run, leaf_N) == 3 * (token + head) + (2 + 3 + 3) * column
 
 
+def test_release():
+    """The masks of eight rows are compared with loops on the way."""
+    figures, shown = last_line(
+        "benchmarks/release.py", "--rows", "5", "--lengths", "90", "150", "--tokens", "400",
+        "--text-rows", "2", "--workers", "0", "2", "--repeats", "1",
+    )  # fmt: skip
+    names = {"mask_s_90", "mask_s_150", "split_mb_per_s_toy_0", "split_mb_per_s_words_2"}
+    assert set(figures) >= names | {"over_none_0", "over_none_1", "mask_share_1"}
+    assert all(value > 0 for value in figures.values())
+    cut = [line.split("|")[4] for line in shown.splitlines() if re.match(r"\| (90|150) \|", line)]
+    assert len(cut) == 2 and shown.count("| words |") == 2
+
+
+def test_rollout():
+    """Greedy rollouts of both sides are compared token by token on the way."""
+    figures, shown = last_line(
+        "benchmarks/rollout.py", "--models", "tiny", "--batches", "1", "3", "--rows", "2", "7",
+        "--tokens", "12", "--prompt-tokens", "4", "--rounds", "1",
+    )  # fmt: skip
+    names = {f"tiny/{lengths}/{batch}" for lengths in ("equal", "heavy") for batch in (1, 3)}
+    assert set(figures) == names and all(value > 0 for value in figures.values())
+    assert shown.count("| 1.000 |") == 4  # the share of equal tokens
+
+
 def test_compare(tmp_path):
     """Two methods, two seeds; a second call finds the runs and writes the same table."""
     command = ["benchmarks/compare.py", "--worlds", "fork", "--methods", "opd", "lgr", "--seeds",
@@ -135,6 +159,14 @@ def test_compare(tmp_path):
     assert (runs / "opd-n6-seed3" / "log.jsonl").stat().st_mtime_ns == before
     assert (runs / "opd-n6-seed4" / "student").exists()
     assert (tmp_path / "new" / "compare.md").read_text() == table
+
+
+def test_runs_of_compare_have_sentence_workers(tmp_path):
+    """They are processes that are forked from a forked process, and end with their own."""
+    command = ["benchmarks/compare.py", "--worlds", "horizon", "--methods", "release", "--seeds",
+               "0", "--out", tmp_path, "--", "--steps", "1", "--difficulty", "1", "--eval-count",
+               "2", "--eval-samples", "1", "--prompts-per-step", "2", "--sentence-workers", "2"]
+    assert list(last_line(*command)[0]) == ["horizon/12/release/0"]
 
 
 def test_compare_says_which_run_failed(tmp_path):

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import teachability
 from teachability import (
     SOLE_CANDIDATE_MARGIN,
+    KnownTexts,
     segment_scores,
     sentence_splitter,
     teacher_margin,
@@ -188,6 +189,21 @@ def test_margin_of_any_shape(shape):
     torch.testing.assert_close(teacher_margin(logp.flip(-1) - 1000), expected)
 
 
+@pytest.mark.parametrize("K", [2, 3, 4])
+def test_margin_with_nan_and_infinity_anywhere(K):
+    """Four values in K places, in every way, against sorting."""
+    logp_BK = torch.cartesian_prod(*[torch.tensor([-INF, -2.0, -0.5, NAN])] * K)
+    log, prob = teacher_margin(logp_BK).tolist(), teacher_margin(logp_BK, kind="prob").tolist()
+    for row, logp_K in enumerate(logp_BK.tolist()):
+        second, first = sorted(logp_K)[-2:]
+        if any(map(math.isnan, logp_K)):
+            assert math.isnan(log[row]) and math.isnan(prob[row])
+            continue
+        assert prob[row] == pytest.approx(math.exp(first) - math.exp(second), abs=1e-7)
+        sole = SOLE_CANDIDATE_MARGIN if second == -INF else first - second
+        assert log[row] == pytest.approx(0.0 if first == -INF else sole)
+
+
 def test_margin_is_computed_in_float32():
     logp = torch.tensor([-0.1, -2.0]).bfloat16()
     assert teacher_margin(logp).dtype == torch.float32
@@ -234,6 +250,19 @@ def test_untrained_splitter(text, sentences):
     splitter, name = sentence_splitter("untrained")
     assert name == "untrained-punkt"
     assert [text[a:b] for a, b in splitter.span_tokenize(text)] == sentences
+
+
+def test_a_splitter_that_remembers_decides_as_one_that_does_not():
+    rng = random.Random(8)
+    parameters = teachability.PunktParameters()
+    parameters.abbrev_types = set(teachability.ABBREVIATIONS)
+    plain = teachability.PunktSentenceTokenizer(parameters)
+    splitter = sentence_splitter("untrained")[0]
+    words = "We use e.g. Fig. 3 and 3.14 . So? no! ( ... ) A. b.) \"it.\" i.e. \n Dr. x".split(" ")
+    for _ in range(300):
+        text = " ".join(rng.choice(words) for _ in range(rng.randrange(40)))
+        assert list(splitter.span_tokenize(text)) == list(plain.span_tokenize(text))
+    assert splitter.text_contains_sentbreak.cache_info().hits > 500
 
 
 def test_auto_takes_the_pretrained_when_it_is_there(monkeypatch):
@@ -327,6 +356,35 @@ def test_blocks_alone_give_the_same_text_positions(make, monkeypatch):
             assert (text, spans.tolist()) == naive_spans(tokenizer, ids)
         segments = token_segments(tokenizer, ids, untrained())
         assert segments.tolist() == naive_segments(tokenizer, ids, untrained())
+
+
+@pytest.mark.parametrize("limit", [KnownTexts.LIMIT, 7])
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_known_texts_change_nothing(make, limit, monkeypatch):
+    """One for many responses, of which each meets other neighbours; and one that forgets."""
+    monkeypatch.setattr(KnownTexts, "LIMIT", limit)
+    tokenizer = make()
+    calls = []
+
+    class Counting:
+        def decode(self, ids, **options):
+            calls.append(len(ids))
+            return tokenizer.decode(ids, **options)
+
+    texts = KnownTexts(Counting())
+    for ids in samples(tokenizer, 120, seed=6):
+        text, spans = token_spans(texts, ids)
+        alone_text, alone = token_spans(tokenizer, ids)
+        assert text == alone_text and torch.equal(spans, alone)
+        segments = token_segments(texts, np.array(ids, dtype=np.int32), untrained())
+        assert torch.equal(segments, token_segments(tokenizer, ids, untrained()))
+        assert len(texts.known) <= limit
+    if make is byte_level:  # the second time it asks for nothing but the whole
+        ids = tokenizer(TEXTS[0])["input_ids"]
+        for _ in range(2):
+            calls.clear()
+            token_spans(texts, ids)
+        assert (calls == [len(ids)]) == (limit > 7)
 
 
 class RawBytes:
@@ -459,6 +517,23 @@ def test_blank_tokens_stay_before_a_sentence():
     assert token_segments(Three(), [space, space], untrained()).tolist() == [0, 0]
 
 
+def test_blanks_of_all_kinds_before_a_word():
+    """All of Unicode's white space, and characters beyond it that are none."""
+    blanks = [chr(code) for code in range(0x110000) if chr(code).isspace()]
+    assert ord(max(blanks)) == len(teachability.BLANK) - 2 and len(blanks) == 29
+    others = ["\u200b", "\u3001", "\u3002", "\U0001f642", "\ud800", "\x00"]  # one, half a pair
+
+    class Pieces:
+        def decode(self, ids, **options):
+            return "".join(pieces[i] for i in ids)
+
+    for character in blanks + others:
+        pieces = ["So.", f" {character} it", character, "."]
+        # the second sentence begins behind the character, which only a blank leaves to its word
+        segment_T = token_segments(Pieces(), [0, 1, 2, 3], lambda text: [(0, 3), (5, 9)])
+        assert segment_T.tolist() == [0, int(character in blanks), 1, 1], repr(character)
+
+
 def test_special_tokens_go_with_the_token_before():
     tokenizer = byte_level()
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -468,6 +543,13 @@ def test_special_tokens_go_with_the_token_before():
     assert token_segments(tokenizer, ids, untrained()).tolist() == expected
     assert token_segments(tokenizer, [eos], untrained()).tolist() == [0]
     assert token_spans(tokenizer, [pad, eos])[1].tolist() == [[0, 0], [0, 0]]
+
+    class Three:  # also where the next sentence begins right there, without a space
+        def decode(self, ids, **options):
+            return "".join(("So.", "", "It")[i] for i in ids)
+
+    segments = token_segments(Three(), [0, 1, 2], lambda text: [(0, 3), (3, 5)])
+    assert segments.tolist() == [0, 0, 1]
 
 
 def test_a_character_of_several_tokens_is_not_torn():
@@ -562,6 +644,8 @@ def test_scores_worked_by_hand():
     assert segment_scores(margin, segment).tolist() == pytest.approx(
         [math.log(2), math.log(6), math.log(8)], rel=1e-15
     )
+    assert torch.equal(segment_scores(margin, segment, include_T=[True] * 4),
+                       segment_scores(margin, segment))
     some = segment_scores(margin, segment, include_T=[False, True, False, True])
     assert some[0].item() == pytest.approx(math.log(3)) and some[1].isnan()
     assert some[2].item() == pytest.approx(math.log(8))

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import grading
 import lgr
 import rollout
+import teachability
 import toy
 import train
 
@@ -145,8 +146,8 @@ def test_clamped_advantages_and_warm_up():
 
 def grade(run, batch):
     """Phases 2 and 3 of a step."""
-    return grading.grade(run.teacher, batch, run.args, tokenizer=run.tokenizer,
-                         splitter=run.splitter, vocab_size=run.vocab_size, lap=lambda phase: None)
+    return grading.grade(run.teacher, batch, run.args, sentences=run.sentences,
+                         vocab_size=run.vocab_size, lap=lambda phase: None)
 
 
 def teacher_logprobs(run, batch, row):
@@ -401,8 +402,10 @@ def test_release_mask_follows_the_margin():
     candidates = torch.zeros(1, prompt + T, 4)
     candidates[:, : prompt + third, 0] = 5.0
 
+    segments = [teachability.token_segments(tokenizer, ids_T, run.splitter)]
+
     def supervise(candidates):
-        return grading.supervise(batch, candidates, None, tokenizer, run.splitter, run.args)
+        return grading.supervise(batch, candidates, None, segments, run.args)
 
     choice = supervise(candidates)
     assert choice.released_B.tolist() == [True] and choice.gain_B[0] > 6
@@ -632,6 +635,9 @@ BASE = "--student model --teacher model --problems good.jsonl --max-new-tokens 2
         ("--frobnicate 3", "--frobnicate"),
         ("--steps 0", "--steps: must be at least 1, not 0"),
         ("--steps many", "many"),
+        ("--micro-batch -1", "--micro-batch: must be at least 0, not -1"),
+        ("--tokens-per-micro-batch 0.5", "--tokens-per-micro-batch"),
+        ("--sentence-workers -1", "--sentence-workers: must be at least 0, not -1"),
         ("--temperature 0", "--temperature"),
         ("--lr nan", "--lr"),
         ("--margin-top-k 260", "--margin-top-k 260 exceeds the vocabulary of 259"),

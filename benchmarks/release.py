@@ -1,0 +1,317 @@
+r"""What the release rule costs: margins to keep mask, sentences alone, and both beside the teacher.
+
+    python benchmarks/release.py                         one thread, rollouts of up to 16k tokens
+    python benchmarks/release.py --workers 0 4 8 --layers 8 --width 512         a larger machine
+
+1. margins to keep mask, change points included: `grading.supervise` on the teacher's log-probs of
+   K = 4 candidates and on given sentences, in slices of `--tokens` as micro-batches come, for
+   `--rows` rollouts of each length; CPU time of the process, best of `--repeats`. In every other
+   row the margin drops somewhere. The masks of some rows are compared with another computation of
+   the rule first: plain loops in float64, every change point tried.
+
+2. splitting sentences, no teacher: `grading.Sentences` with so many workers, which remember texts
+   and decisions of other rollouts, as in a run. Measured on `--text-rows` rollouts of the longest
+   length and scaled up to `--rows`; wall time, best of `--repeats`. Texts:
+
+     toy      solutions of toy problems and the toy's tokenizer: few words, much of it remembered
+     words    sentences of 4 to 30 words out of 20,000, a few far more often than most (Zipf), one
+              token each, with commas, decimals and abbreviations: little to remember
+
+3. both in a grading pass: `grading.grade` with a random Qwen3 as teacher, on `--text-rows` rollouts
+   of `words` of the shortest length, with `--mask none`, and with `--mask release`, its
+   sentences split by this process (0) or by one worker. Interleaved, best of `--repeats`: wall time
+   of the pass and of its phase "mask", in which the main process waits for sentences and does part
+   1, and CPU time of the main process. `release` also reads K log-probs per token off the teacher.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import evaluate  # noqa: E402
+import grading  # noqa: E402
+import rollout  # noqa: E402
+import teachability  # noqa: E402
+import toy  # noqa: E402
+
+K, PROMPT = 4, 64  # candidates; tokens before the response
+
+
+def flags(mask: str, tokens: int) -> argparse.Namespace:
+    """What `grading` reads of the flags of `train.py`, at their defaults."""
+    return argparse.Namespace(
+        mask=mask, objective="pg", lookahead="off", budget="release", prefix_tokens=0,
+        margin="logprob", margin_top_k=K, margin_min_entropy=0.0, min_segments=2, bic_eps=1e-12,
+        union_top_k=20, micro_batch=0, tokens_per_micro_batch=tokens,
+    )  # fmt: skip
+
+
+def make_batch(ids_BT: torch.Tensor, vocabulary: int, generator) -> rollout.Rollout:
+    """Rollouts of equal length whose statistics are random."""
+    B, T = ids_BT.shape
+    return rollout.Rollout(
+        ids_BT=ids_BT,
+        response_mask_BT=(torch.arange(T) >= PROMPT).expand(B, T).clone(),
+        logp_BT=-torch.rand(B, T, generator=generator),
+        entropy_BT=torch.rand(B, T, generator=generator),
+        topk_ids_BTK=torch.randint(vocabulary, (B, T, K), generator=generator),
+        truncated_B=torch.zeros(B, dtype=torch.bool),
+    )
+
+
+# -------------------------------------------------------------------------- margins to keep mask
+def make_margins(rows: int, length: int, generator):
+    """A slice of the batch: (rollouts, log-probs of candidates [B, T, K], segments)."""
+    T = PROMPT + length
+    batch = make_batch(torch.zeros(rows, T, dtype=torch.int64), 2, generator)
+    logits_BTK = torch.randn(rows, T, K, generator=generator)
+    for row in range(0, rows, 2):
+        drop = PROMPT + int(torch.randint(length, (1,), generator=generator))
+        logits_BTK[row, :drop, row % K] += 1.0
+    ends_BT = torch.rand(rows, length, generator=generator) < 1 / 20  # 20 tokens per sentence
+    segments = [torch.cumsum(ends_T, 0) - ends_T[0].long() for ends_T in ends_BT]
+    return batch, logits_BTK.log_softmax(dim=-1), segments
+
+
+def keep_by_definition(logp_TK: np.ndarray, segment_T: np.ndarray) -> np.ndarray:
+    """The keep mask of one response, in loops: BIC of every change point, in float64."""
+    margins = [math.nan] * len(logp_TK)
+    for t, logp_K in enumerate(logp_TK):
+        second, first = sorted(logp_K.tolist())[-2:]
+        margins[t] = float(np.float32(first) - np.float32(second))
+    n = int(segment_T[-1]) + 1
+    sentences = [[] for _ in range(n)]
+    for margin, segment in zip(margins, segment_T.tolist(), strict=True):
+        sentences[segment].append(margin)
+    scores = np.array([math.log(1 + math.fsum(s) / len(s)) for s in sentences])
+
+    def rss(values):
+        return float(((values - values.mean()) ** 2).sum())
+
+    best, kept = n * math.log((rss(scores) + 1e-12) / n) + math.log(n), n
+    for tau in range(2, n - 1):
+        before, after = scores[:tau], scores[tau:]
+        bic = n * math.log((rss(before) + rss(after) + 1e-12) / n) + 3 * math.log(n)
+        if before.mean() > after.mean() and bic < best:
+            best, kept = bic, tau
+    return segment_T < kept
+
+
+def measure_masks(args, length: int) -> tuple[float, float]:
+    """(CPU seconds for `args.rows` responses of so many tokens, share of them that were cut)."""
+    settings, best = flags("release", args.tokens), math.inf
+    slice_rows = max(1, args.tokens // length)
+    for _ in range(args.repeats):
+        generator, seconds, cut = torch.Generator().manual_seed(length), 0.0, 0
+        for first in range(0, args.rows, slice_rows):
+            rows = min(slice_rows, args.rows - first)
+            batch, logp_BTK, segments = make_margins(rows, length, generator)
+            start = time.process_time()
+            choice = grading.supervise(batch, logp_BTK, None, segments, settings)
+            seconds += time.process_time() - start
+            cut += int(choice.released_B.sum())
+            if best == math.inf and first < args.check:  # the first round checks
+                for row in range(min(rows, args.check - first)):
+                    keep_T = choice.keep_BT[row, PROMPT:].numpy()
+                    own = logp_BTK[row, PROMPT:].numpy(), segments[row].numpy()
+                    if choice.keep_BT[row, :PROMPT].any() or (
+                        keep_T != keep_by_definition(*own)
+                    ).any():
+                        sys.exit(f"row {first + row} of {length} tokens has another mask")
+        best = min(best, seconds)
+    return best, cut / args.rows
+
+
+# --------------------------------------------------------------------------------------- texts
+class Toy:
+    """Solutions of toy problems, one behind the other."""
+
+    def __init__(self):
+        self.tokenizer = evaluate.load_tokenizer(toy.world().student)
+        self.problems = iter(toy.problems(10_000))
+
+    def ids(self, length: int) -> list[int]:
+        """One response."""
+        ids = []
+        while len(ids) < length:
+            text = toy.dial_response(next(self.problems)) + " "
+            ids += self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids[:length]
+
+
+class Words:
+    """Sentences of made-up words, each token a word with the space before it."""
+
+    SIZE = 20_000
+
+    def __init__(self):
+        self.rng = random.Random(0)
+        letters, odd = "etaoinshrdlucmfw", [".", ",", "?", " e.g.", " 3.14", " Fig."]
+        words = {}
+        while len(words) < self.SIZE - len(odd):
+            word = "".join(self.rng.choices(letters, k=self.rng.randint(1, 9)))
+            words[f" {word.capitalize() if len(words) % 4 == 0 else word}"] = None
+        self.vocabulary = [*odd, *words]
+        core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(self.vocabulary)}, "."))
+        core.decoder = decoders.Fuse()
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+        self.weights = np.cumsum(1 / np.arange(10, self.SIZE + 10)).tolist()
+
+    def ids(self, length: int) -> list[int]:
+        """One response."""
+        ids = []
+        while len(ids) < length:
+            words = self.rng.choices(
+                range(self.SIZE), cum_weights=self.weights, k=self.rng.randint(4, 30)
+            )
+            ids += [*words, 0 if self.rng.random() < 0.9 else 2]
+        return ids[:length]
+
+
+def measure_splitting(args, text) -> dict[int, tuple[float, float]]:
+    """By number of workers: (characters per second, seconds for `args.rows` responses)."""
+    length = max(args.lengths)
+    splitters = {
+        workers: grading.Sentences(
+            text.tokenizer, teachability.sentence_splitter("auto")[0], workers
+        )
+        for workers in args.workers
+    }
+    best = dict.fromkeys(args.workers, (0.0, math.inf))
+    for repeat in range(args.repeats + 1):
+        ids = [np.array(text.ids(length), dtype=np.int32) for _ in range(args.text_rows)]
+        characters = sum(len(text.tokenizer.decode(ids_T)) for ids_T in ids)
+        for workers, sentences in splitters.items():
+            start = time.perf_counter()
+            sentences.begin(ids)()
+            seconds = time.perf_counter() - start
+            if repeat:  # the first fills the memories
+                figures = characters / seconds, seconds * args.rows / args.text_rows
+                best[workers] = max(best[workers], figures)
+    for sentences in splitters.values():
+        sentences.close()
+    return best
+
+
+# ------------------------------------------------------------------------------- with a teacher
+def build_teacher(vocabulary: int, layers: int, width: int, longest: int):
+    """A random Qwen3."""
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=max(16, width // 4), max_position_embeddings=longest, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(config).eval().requires_grad_(False)
+
+
+def measure_grading(args, text) -> dict[str, dict[str, float]]:
+    """Best seconds of a whole grading pass, by way: wall, phase "mask", CPU of this process."""
+    length = min(args.lengths)
+    ways = {"none": ("none", 0), "release, 0": ("release", 0), "release, 1": ("release", 1)}
+    splitters = {
+        name: grading.Sentences(
+            text.tokenizer, teachability.sentence_splitter("auto")[0], workers
+        )
+        for name, (_, workers) in ways.items()
+    }  # before the model, as in train.py
+    teacher = build_teacher(Words.SIZE, args.layers, args.width, PROMPT + length)
+    generator = torch.Generator().manual_seed(0)
+    best = {name: dict.fromkeys(("wall", "mask", "cpu"), math.inf) for name in ways}
+    for repeat in range(args.repeats + 1):
+        ids_BT = torch.tensor([[0] * PROMPT + text.ids(length) for _ in range(args.text_rows)])
+        batch = make_batch(ids_BT, Words.SIZE, generator)
+        for name, (mask, _) in ways.items():
+            seconds = grade_once(teacher, batch, flags(mask, args.tokens), splitters[name])
+            if repeat:  # the first fills the memories
+                best[name] = {key: min(best[name][key], seconds[key]) for key in seconds}
+    for sentences in splitters.values():
+        sentences.close()
+    return best
+
+
+def grade_once(teacher, batch, settings, sentences) -> dict[str, float]:
+    """Seconds of one grading pass."""
+    phases, last, cpu = {}, time.perf_counter(), time.process_time()
+    start = last
+
+    def lap(phase: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        phases[phase] = phases.get(phase, 0.0) + now - last
+        last = now
+
+    grading.grade(teacher, batch, settings, sentences=sentences, vocab_size=Words.SIZE, lap=lap)
+    wall = time.perf_counter() - start
+    return {"wall": wall, "mask": phases["mask"], "cpu": time.process_time() - cpu}
+
+
+# ------------------------------------------------------------------------------------------ main
+@torch.no_grad()
+def main() -> None:
+    """Print three tables, then their figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--rows", type=int, default=1024, help="rollouts of a batch")
+    add("--lengths", type=int, nargs="+", default=[4096, 8192, 16384], help="tokens of a response")
+    add("--tokens", type=int, default=32768, help="as train.py --tokens-per-micro-batch")
+    add("--check", type=int, default=4, help="rows whose masks are computed again, per length")
+    add("--text-rows", type=int, default=4, help="rollouts of parts 2 and 3")
+    add("--workers", type=int, nargs="+", default=[0, 1, 2], help="of part 2")
+    add("--layers", type=int, default=1, help="of the teacher of part 3")
+    add("--width", type=int, default=64, help="of the teacher of part 3")
+    add("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    _, splitter_name = teachability.sentence_splitter("auto")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{platform.machine()}, {os.cpu_count()} cores, 1 thread, {versions}, {splitter_name}")
+
+    figures = {}
+    print(f"\nmargins to keep mask, {args.rows} rollouts, K = {K}")
+    print("| tokens | s | ns_per_token | cut |\n" + "|---" * 4 + "|", flush=True)
+    for length in sorted(args.lengths):
+        seconds, cut = measure_masks(args, length)
+        each = seconds / args.rows / length * 1e9
+        print(f"| {length} | {seconds:.3f} | {each:.1f} | {cut:.2f} |", flush=True)
+        figures |= {f"mask_s_{length}": seconds, f"mask_ns_per_token_{length}": each}
+
+    print(f"\nsplitting {args.rows} x {max(args.lengths)} tokens, from {args.text_rows} rows")
+    print("| text | workers | MB_per_s | s |\n" + "|---" * 4 + "|", flush=True)
+    for name, text in (("toy", Toy()), ("words", Words())):
+        for workers, (speed, seconds) in measure_splitting(args, text).items():
+            print(f"| {name} | {workers} | {speed / 1e6:.2f} | {seconds:.1f} |", flush=True)
+            figures |= {f"split_mb_per_s_{name}_{workers}": speed / 1e6}
+
+    best = measure_grading(args, text)
+    print(f"\na grading pass over {args.text_rows} x {min(args.lengths)} tokens; the teacher has "
+          f"{args.layers} layers of width {args.width}, V = {Words.SIZE}")
+    print("| mask, workers | s | mask_s | over_none | cpu_over_none |\n" + "|---" * 5 + "|")
+    for name, row in best.items():
+        over = {key: row[key] / best["none"][key] for key in ("wall", "cpu")}
+        print(f"| {name} | {row['wall']:.3f} | {row['mask']:.4f} | {over['wall']:.3f} | "
+              f"{over['cpu']:.3f} |")
+        if name != "none":
+            workers = name[-1]
+            figures |= {f"over_none_{workers}": over["wall"]}
+            figures |= {f"mask_share_{workers}": row["mask"] / row["wall"]}
+    print(json.dumps({key: round(value, 4) for key, value in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()
