@@ -185,7 +185,9 @@ class LlamaStep:
         cos, sin = base.rotary_emb(torch.zeros(1, dtype=model.dtype, device=device), place_L[None])
         # x -> x cos + rotated(x) sin, where rotated swaps the halves and negates the first
         sin = torch.cat([-sin[..., : self.head_dim // 2], sin[..., self.head_dim // 2 :]], dim=-1)
-        self.cos_L1d, self.sin_L1d, self.place_L = cos[0, :, None], sin[0, :, None], place_L
+        self.turn_L2d, self.place_L = torch.stack([cos[0], sin[0]], dim=1), place_L
+        self.zero = torch.zeros((), dtype=self.dtype, device=device)
+        self.minus_infinity = self.zero - math.inf
         count = sum(p.numel() for p in base.layers.parameters())
         self.fuse = self.dtype != model.dtype or count <= self.MOST_COPIED
         self.layers = []
@@ -251,10 +253,9 @@ class LlamaStep:
         """Embeddings [S, D] -> the last hidden states."""
         heads, kv_heads, d = self.heads, self.kv_heads, self.head_dim
         turned = heads + kv_heads
-        cos_S1d, sin_S1d = self.cos_L1d[column_S], self.sin_L1d[column_S]
-        beyond_SL = self.place_L[:width] > column_S[:, None]
-        mask_SL = torch.zeros(beyond_SL.shape, dtype=self.dtype, device=x_SD.device)
-        mask_S11L = mask_SL.masked_fill_(beyond_SL, -math.inf)[:, None, None]
+        cos_S1d, sin_S1d = self.turn_L2d[column_S].split(1, dim=1)
+        beyond_S11L = (self.place_L[:width] > column_S[:, None])[:, None, None]
+        mask_S11L = torch.where(beyond_S11L, self.minus_infinity, self.zero)
         for i, layer in enumerate(self.layers):
             norm1, qkv, norms, scaling, out, norm2, gate_up, act, down = layer
             h = self.apply(rms_norm(x_SD, norm1).to(self.dtype), qkv)
@@ -472,7 +473,7 @@ class _Sampler:
             sampled = sample_token(logits_SV, self.temperature, uniform_S, top_k)
             self.token_S = sampled[0]
             records.append((self.row_S, self.column_S, *sampled))
-            stopped_S = torch.isin(self.token_S, self.eos_ids)
+            stopped_S = (self.token_S[:, None] == self.eos_ids).any(dim=1)
             done_S = stopped_S | (step_S + 1 == self.max_new_tokens)
             if done_S.any():
                 out.truncated_B[self.row_S[done_S]] = ~stopped_S[done_S]
