@@ -411,6 +411,7 @@ def grade_rows(teacher, batch, args, wait, vocab_size, lap) -> Grades:
         candidates_BTK=batch.topk_ids_BTK[..., :scored] if scored else None,
         mask_BT=batch.response_mask_BT,
         vocab_size=vocab_size,
+        entropy=False,
     )
     lap("score")
     margins_of = stats.candidate_logp_BTK[..., : args.margin_top_k] if scored else None

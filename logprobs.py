@@ -6,13 +6,18 @@ the output head is applied to `chunk` positions at a time, every number that is 
 that piece, and the piece is thrown away.
 
   token_logprobs   log-prob of given tokens, or of several candidates per position, with gradient:
-                   for the student.  Backward computes the logits again, chunk by chunk, so that
-                   training needs no more memory than scoring.
+                   for the student.
   token_stats      log-prob of given tokens, entropy, maximum probability, top-K ids and their
                    log-probs, log-probs at given candidate ids, without gradient: for the teacher.
   token_divergence reverse KL, forward KL or generalised Jensen-Shannon divergence between student
                    and teacher, exact over the whole vocabulary, with gradient in the student:
                    the loss in place of a sampled estimate of it.
+
+Training needs no more memory than scoring.  Where the weight of every token in the loss is known
+beforehand, as in a policy gradient, the two functions with a gradient take it (`loss_weight_BT`),
+return the weighted sum, and compute its gradient in the same pass over the chunks, as fused
+cross-entropy kernels do: three products of head size, what full logits take too.  Where it is not
+(a ratio, a renormalisation), backward computes the logits again: four.
 
 Alignment, everywhere: `hidden[:, t-1]` predicts `ids[:, t]`.  Results are shaped like `ids` and
 entry t describes token t, or the distributions that it is drawn from; entry 0, which nothing
@@ -30,12 +35,12 @@ K candidates, N selected positions, C positions in a chunk.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 DIVERGENCES = ("rkl", "fkl", "jsd")
+BUFFERS = {"logprobs": 2, "rkl": 3, "fkl": 3, "jsd": 4}  # [chunk, V] each
 
 
 @dataclass
@@ -43,215 +48,236 @@ class TokenStats:
     """No gradient.  A field that was not asked for is None.
 
     logp_BT            log-prob of `ids_BT`, nats
+    max_prob_BT        probability of the most likely token
     entropy_BT         entropy of the whole distribution, nats
-    max_prob_BT        probability of its most likely token
     topk_ids_BTK       the K most likely tokens, best first
     topk_logp_BTK      their log-probs
     candidate_logp_BTK log-probs at the ids in `candidates_BTK`
     """
 
     logp_BT: torch.Tensor
-    entropy_BT: torch.Tensor
     max_prob_BT: torch.Tensor
+    entropy_BT: torch.Tensor | None = None
     topk_ids_BTK: torch.Tensor | None = None
     topk_logp_BTK: torch.Tensor | None = None
     candidate_logp_BTK: torch.Tensor | None = None
 
 
-def _chunks(N: int, chunk: int) -> Iterator[slice]:
-    for start in range(0, N, chunk):
-        yield slice(start, min(start + chunk, N))
+def _chunk_size(chunk: int | None, weight_VD: torch.Tensor) -> int:
+    """Positions in a chunk.  On a CPU 256: half as many slow the matrix products by up to 5% (width
+    1024), twice as many the passes over the logits by up to 15% (width 128)."""
+    return chunk or (1024 if weight_VD.is_cuda else 256)
 
 
-def _logits(
-    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """Logits [C, V] / temperature in at least float32, in memory that the caller may overwrite."""
-    logits_CV = hidden_CD @ weight_VD.T
-    logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
-    return logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
+def _buffers(count: int, rows: int, weight_VD, wide: torch.dtype) -> list[torch.Tensor]:
+    """Memory [rows, V] that every chunk writes again: on a CPU, the first touch of new memory takes
+    as long as several passes over it."""
+    return [weight_VD.new_empty(rows, len(weight_VD), dtype=wide) for _ in range(count)]
 
 
-def _chunk_logits(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, temperature: float, chunk: int
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield (positions, their logits [C, V] / temperature)."""
-    for rows in _chunks(len(hidden_ND), chunk):
-        yield rows, _logits(hidden_ND[rows], weight_VD, temperature)
+def _logits(hidden_CD, weight_VD, temperature: float, out_CV: torch.Tensor) -> None:
+    """Write logits / temperature to `out_CV`, float32 or float64."""
+    if hidden_CD.dtype == out_CV.dtype:
+        torch.mm(hidden_CD, weight_VD.T, out=out_CV)
+    else:
+        out_CV.copy_(hidden_CD @ weight_VD.T)
+    if temperature != 1.0:
+        out_CV.div_(temperature)
 
 
-class _HeadGradient:
-    """Collects the gradients of logits = hidden @ weight.T, where they are wanted, from chunks of
-    the logits' gradient G: d hidden = G W, d W = G^T hidden."""
+def _softmax(logits_CV: torch.Tensor, out_CV: torch.Tensor) -> torch.Tensor:
+    """Write the probabilities to `out_CV`; returns the logits' log-sum-exp [C, 1].
 
-    def __init__(self, ctx, hidden_ND, weight_VD, wide):
-        self.hidden_ND, self.weight_VD = hidden_ND, weight_VD
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        self.grad_hidden_ND = torch.zeros_like(hidden_ND) if wants_hidden else None
-        # one term per chunk: sum them in float32 at least
-        self.grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if wants_weight else None
-
-    def add(self, rows, grad_CV):
-        """The logits' gradient [C, V] at some positions."""
-        grad_CV = grad_CV.to(self.weight_VD.dtype)
-        if self.grad_hidden_ND is not None:
-            self.grad_hidden_ND[rows] = grad_CV @ self.weight_VD
-        if self.grad_weight_VD is not None:
-            self.grad_weight_VD += grad_CV.T @ self.hidden_ND[rows]
-
-    def result(self):
-        """(d hidden [N, D], d weight [V, D]), None where it is not wanted."""
-        if self.grad_weight_VD is None:
-            return self.grad_hidden_ND, None
-        return self.grad_hidden_ND, self.grad_weight_VD.to(self.weight_VD.dtype)
-
-
-class _TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature)[ids], without keeping the logits.
-
-    With p the softmax and g_k the incoming gradients of a position, d logp_k / d logits =
-    onehot(id_k) - p, so backward needs the logits again and, from forward, their log-sum-exp.
+    It is logit - log p of any token: the most likely one, whose p is at least 1 / V, gives it
+    without another pass of exponentials.
     """
-
-    @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, ids_NK, temperature, chunk):
-        """[N, D], [V, D], int64 [N, K] -> log-probs [N, K]."""
-        wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        logp_NK = hidden_ND.new_zeros(ids_NK.shape, dtype=wide)
-        lse_N = hidden_ND.new_zeros(len(hidden_ND), dtype=wide)
-        for rows, logits_CV in _chunk_logits(hidden_ND, weight_VD, temperature, chunk):
-            lse_N[rows] = logits_CV.logsumexp(dim=-1)
-            logp_NK[rows] = logits_CV.gather(1, ids_NK[rows]) - lse_N[rows, None]
-        ctx.save_for_backward(hidden_ND, weight_VD, ids_NK, lse_N)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        return logp_NK
-
-    @staticmethod
-    def backward(ctx, grad_NK):
-        """G = (sum_k onehot_k g_k - p sum_k g_k) / temperature."""
-        hidden_ND, weight_VD, ids_NK, lse_N = ctx.saved_tensors
-        head = _HeadGradient(ctx, hidden_ND, weight_VD, lse_N.dtype)
-        for rows, grad_CV in _chunk_logits(hidden_ND, weight_VD, ctx.temperature, ctx.chunk):
-            total_C1 = grad_NK[rows].sum(dim=1, keepdim=True)
-            grad_CV.sub_(lse_N[rows, None]).exp_().mul_(-total_C1)  # -p g
-            grad_CV.scatter_add_(1, ids_NK[rows], grad_NK[rows])
-            head.add(rows, grad_CV.div_(ctx.temperature))
-        return *head.result(), None, None, None
+    torch.softmax(logits_CV, dim=-1, out=out_CV)
+    return logits_CV.amax(dim=-1, keepdim=True) - out_CV.amax(dim=-1, keepdim=True).log()
 
 
-def _kl_(log_a_CV: torch.Tensor, log_b_CV: torch.Tensor) -> torch.Tensor:
-    """KL(a || b) = sum a (log a - log b) with 0 log 0 = 0; overwrites both."""
-    torch.sub(log_a_CV, log_b_CV, out=log_b_CV)
-    a_CV = log_a_CV.exp_()
-    return log_b_CV.mul_(a_CV).masked_fill_(a_CV == 0, 0).sum(dim=-1)
+def _zero_nan_(terms_CV: torch.Tensor) -> torch.Tensor:
+    """0 log 0 = 0.  A nan among the logits still shows in the value, by their log-sum-exp."""
+    return terms_CV.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
 
-def _kl_gradient_(log_a_CV, log_b_CV, kl_C1, scale_C1) -> torch.Tensor:
-    """scale a (log a - log b - KL(a || b)), in the logits of a, b held fixed; overwrites both."""
-    torch.sub(log_a_CV, log_b_CV, out=log_b_CV)
-    a_CV = log_a_CV.exp_()
-    # 0 log 0 = 0; and a position without weight in the loss gives 0 even where its KL is inf
-    zero_CV = (a_CV == 0).logical_or_(scale_C1 == 0)
-    return log_b_CV.sub_(kl_C1).mul_(a_CV).mul_(scale_C1).masked_fill_(zero_CV, 0)
+# The next four read one number or K off every position of a chunk.  Each takes the student's
+# logits z, more buffers [C, V], and `scale`, the weight of every number in the loss, or None.  It
+# returns the numbers [C, K] and, if there is a scale, the gradient in z of sum scale * numbers.
+# Except for the scale it overwrites what it takes.
 
 
-def _jsd_(log_p_CV, log_q_CV, beta) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1 - beta) KL(p || m) + beta KL(q || m), and KL(p || m) alone; overwrites both.
+def _read_logprobs(logits_CV, p_CV, ids_CK, scale_CK):
+    """log p_k of the tokens `ids`;  d/dz = onehot(id_k) - p."""
+    logp_CK = logits_CV.gather(1, ids_CK) - _softmax(logits_CV, p_CV)
+    if scale_CK is None:
+        return logp_CK, None
+    p_CV.mul_(-scale_CK.sum(dim=1, keepdim=True))
+    return logp_CK, p_CV.scatter_add_(1, ids_CK, scale_CK)
 
-    With s = (1 - beta) p / m, the share of the student in the mixture, (1 - beta) KL(p || m) =
-    sum m s log s - (1 - beta) log(1 - beta): entr(s) = -s log s lies in 0..1/e, so that nothing
-    overflows, and three [C, V] buffers are enough.  The same with beta q / m for the teacher.
+
+def _read_rkl(logits_CV, teacher_CV, p_CV, scale_C1):
+    """KL(p || q) = sum p (log p - log q);  d/dz = p (log p - log q - KL(p || q)).
+
+    With y the teacher's logits, log p - log q is z - y plus a number that is the same for all
+    tokens, which the gradient does not see: p (z - y - sum p (z - y)).
     """
-    log_p_CV += math.log(1 - beta)
-    log_q_CV += math.log(beta)
-    m_CV = torch.logaddexp(log_p_CV, log_q_CV)
-    m_CV.clamp_(min=torch.finfo(m_CV.dtype).min)  # where both are -inf: their difference is nan
-    share_p_CV, share_q_CV = log_p_CV.sub_(m_CV).exp_(), log_q_CV.sub_(m_CV).exp_()
-    m_CV.exp_()
-    from_p_C, from_q_C = (
-        torch.special.entr(share_CV, out=share_CV).mul_(m_CV).sum(dim=-1)
-        for share_CV in (share_p_CV, share_q_CV)
-    )
-    kl_p_C = -from_p_C / (1 - beta) - math.log(1 - beta)
-    kl_q_C = -from_q_C / beta - math.log(beta)
-    return (1 - beta) * kl_p_C + beta * kl_q_C, kl_p_C
+    teacher_lse_C1, lse_C1 = _softmax(teacher_CV, p_CV), _softmax(logits_CV, p_CV)
+    terms_CV = _zero_nan_(torch.sub(logits_CV, teacher_CV, out=teacher_CV).mul_(p_CV))
+    total_C1 = terms_CV.sum(dim=-1, keepdim=True)
+    if scale_C1 is not None:
+        terms_CV.addcmul_(p_CV, total_C1, value=-1).mul_(scale_C1)
+    return total_C1 - lse_C1 + teacher_lse_C1, terms_CV
 
 
-class _TokenDivergence(torch.autograd.Function):
-    """Divergence of p = softmax(z), z = hidden @ weight.T / temperature, and the teacher's
-    q = softmax(teacher_hidden @ teacher_weight.T), without keeping either's logits.
+def _read_fkl(logits_CV, teacher_CV, q_CV, scale_C1):
+    """KL(q || p) = sum q (log q - log p);  d/dz = p - q."""
+    teacher_lse_C1 = _softmax(teacher_CV, q_CV)
+    terms_CV = _zero_nan_(teacher_CV.sub_(logits_CV).mul_(q_CV))
+    total_C1 = terms_CV.sum(dim=-1, keepdim=True)
+    p_CV = terms_CV
+    lse_C1 = _softmax(logits_CV, p_CV)
+    if scale_C1 is not None:
+        p_CV.sub_(q_CV).mul_(scale_C1)
+    return total_C1 - teacher_lse_C1 + lse_C1, p_CV
 
-    With m = beta q + (1 - beta) p:
 
-        rkl  KL(p || q)                               d/dz = p (log(p/q) - KL(p || q))
-        fkl  KL(q || p)                               d/dz = p - q
-        jsd  beta KL(q || m) + (1 - beta) KL(p || m)  d/dz = (1 - beta) p (log(p/m) - KL(p || m))
+def _read_jsd(logits_CV, teacher_CV, p_CV, ratio_CV, scale_C1, beta):
+    """beta KL(q || m) + (1 - beta) KL(p || m);  d/dz = (1 - beta) p (log(p/m) - KL(p || m)).
 
-    so that backward needs both logits again and, from forward, their log-sum-exps and `kl_N`, the
-    divergence of p that is subtracted.
+    p / m is at most 1 / (1 - beta) and q / m at most 1 / beta, so that nothing overflows.
     """
+    tiny = torch.finfo(p_CV.dtype).tiny  # in the place of 0, before it is divided by or its log is
+    torch.softmax(logits_CV, dim=-1, out=p_CV)  # taken: p and q are 0 there
+    q_CV = torch.softmax(teacher_CV, dim=-1, out=logits_CV)
+    m_CV = torch.lerp(p_CV, q_CV, beta, out=teacher_CV).clamp_(min=tiny)
+    kl = []
+    for a_CV in (q_CV, p_CV):
+        terms_CV = torch.div(a_CV, m_CV, out=ratio_CV).clamp_(min=tiny).log_().mul_(a_CV)
+        kl.append(terms_CV.sum(dim=-1, keepdim=True))
+    kl_q_C1, kl_p_C1 = kl
+    if scale_C1 is not None:
+        terms_CV.addcmul_(p_CV, kl_p_C1, value=-1).mul_((1 - beta) * scale_C1)
+    return beta * kl_q_C1 + (1 - beta) * kl_p_C1, terms_CV
 
-    @staticmethod
-    def forward(
-        ctx, hidden_ND, weight_VD, teacher_hidden_NE, teacher_weight_VE, kind, beta, temperature,
-        chunk,
-    ):
-        """[N, D], [V, D], [N, E], [V, E] -> divergence [N]."""
-        wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        N = len(hidden_ND)
-        divergence_N, kl_N, lse_N, teacher_lse_N = (
-            hidden_ND.new_zeros(N, dtype=wide) for _ in range(4)
+
+@dataclass(frozen=True)
+class _Plan:
+    """What to read, "logprobs" or one of `DIVERGENCES`, and how."""
+
+    kind: str
+    temperature: float
+    chunk: int
+    beta: float = 0.5
+
+    def read(self, logits_CV, spare, own_C, teacher_weight_VE, scale_CK):
+        """Numbers [C, K] and gradient of one chunk; `own_C` as in `_sweep`."""
+        if self.kind == "logprobs":
+            return _read_logprobs(logits_CV, *spare, own_C, scale_CK)
+        _logits(own_C, teacher_weight_VE, 1.0, spare[0])
+        if self.kind == "jsd":
+            return _read_jsd(logits_CV, *spare, scale_CK, self.beta)
+        return {"rkl": _read_rkl, "fkl": _read_fkl}[self.kind](logits_CV, *spare, scale_CK)
+
+
+def _sweep(plan: _Plan, hidden_ND, weight_VD, own_N, teacher_weight_VE, scale_NK, wants):
+    """All positions, chunk by chunk: logits, numbers and, where it is wanted, gradient.
+
+    Args:
+        own_N: per position, the tokens' ids [N, K] or the teacher's hidden states [N, E].
+        scale_NK: weights in the loss; None is 1, and positions where all are 0 are passed over:
+            0 times an infinite divergence would be nan.
+        wants: whether the gradients of the sum in hidden_ND and in weight_VD are.
+
+    Returns:
+        the numbers [M, K], the indices [M] of their positions, d hidden [N, D], d weight [V, D],
+        each of the last two None where it is not wanted.
+    """
+    wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+    if scale_NK is None:
+        index_M = torch.arange(len(hidden_ND), device=hidden_ND.device)
+    else:
+        index_M = (scale_NK != 0).any(dim=1).nonzero()[:, 0]
+    # the logits' gradient G gives d hidden = G weight, d weight = G^T hidden
+    grad_hidden_ND = torch.zeros_like(hidden_ND) if wants[0] else None
+    # one term per chunk: sum them in float32 at least
+    grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if wants[1] else None
+    rows = min(plan.chunk, len(index_M))
+    buffers = _buffers(BUFFERS[plan.kind], rows, weight_VD, wide)
+    numbers = []
+    for index_C in index_M.tensor_split(max(1, math.ceil(len(index_M) / plan.chunk))):
+        hidden_CD = hidden_ND[index_C]
+        logits_CV, *spare = (buffer[: len(index_C)] for buffer in buffers)
+        _logits(hidden_CD, weight_VD, plan.temperature, logits_CV)
+        scale_CK = scale_NK[index_C] / plan.temperature if any(wants) else None
+        numbers_CK, grad_CV = plan.read(
+            logits_CV, spare, own_N[index_C], teacher_weight_VE, scale_CK
         )
-        for rows in _chunks(N, chunk):
-            log_p_CV = _logits(hidden_ND[rows], weight_VD, temperature)
-            lse_N[rows] = log_p_CV.logsumexp(dim=-1)
-            log_p_CV -= lse_N[rows, None]
-            log_q_CV = _logits(teacher_hidden_NE[rows], teacher_weight_VE, 1.0).to(wide)
-            teacher_lse_N[rows] = log_q_CV.logsumexp(dim=-1)
-            log_q_CV -= teacher_lse_N[rows, None]
-            if kind == "rkl":
-                divergence_N[rows] = kl_N[rows] = _kl_(log_p_CV, log_q_CV)
-            elif kind == "fkl":
-                divergence_N[rows] = _kl_(log_q_CV, log_p_CV)
-            else:
-                divergence_N[rows], kl_N[rows] = _jsd_(log_p_CV, log_q_CV, beta)
-        ctx.save_for_backward(
-            hidden_ND, weight_VD, teacher_hidden_NE, teacher_weight_VE, lse_N, teacher_lse_N, kl_N
-        )
-        ctx.kind, ctx.beta, ctx.temperature, ctx.chunk = kind, beta, temperature, chunk
-        return divergence_N
+        numbers.append(numbers_CK)
+        if any(wants):
+            grad_CV = grad_CV.to(weight_VD.dtype)
+        if wants[0]:
+            grad_hidden_ND[index_C] = grad_CV @ weight_VD
+        if wants[1] and weight_VD.dtype == wide:
+            grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
+        elif wants[1]:
+            grad_weight_VD += grad_CV.T @ hidden_CD
+    if wants[1]:
+        grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+    return torch.cat(numbers), index_M, grad_hidden_ND, grad_weight_VD
+
+
+class _Numbers(torch.autograd.Function):
+    """What `plan` reads, [N, K].  Backward, where their weights in the loss become known, computes
+    the logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, own_N, teacher_weight_VE, plan):
+        tensors = hidden_ND, weight_VD, own_N, teacher_weight_VE
+        ctx.save_for_backward(*tensors)
+        ctx.plan = plan
+        return _sweep(plan, *tensors, None, (False, False))[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_N):
-        """G = (d divergence / dz) g / temperature, for the student alone."""
-        hidden_ND, weight_VD, teacher_hidden_NE, teacher_weight_VE, *scalars = ctx.saved_tensors
-        lse_N, teacher_lse_N, kl_N = scalars
-        head = _HeadGradient(ctx, hidden_ND, weight_VD, lse_N.dtype)
-        for rows in _chunks(len(hidden_ND), ctx.chunk):
-            log_p_CV = _logits(hidden_ND[rows], weight_VD, ctx.temperature)
-            log_p_CV -= lse_N[rows, None]
-            log_q_CV = _logits(teacher_hidden_NE[rows], teacher_weight_VE, 1.0).to(lse_N.dtype)
-            log_q_CV -= teacher_lse_N[rows, None]
-            scale_C1 = grad_N[rows, None] / ctx.temperature
-            if ctx.kind == "fkl":
-                grad_CV = log_p_CV.exp_().sub_(log_q_CV.exp_()).mul_(scale_C1)
-            else:
-                if ctx.kind == "jsd":  # m in the place of q
-                    log_q_CV += math.log(ctx.beta)
-                    torch.logaddexp(log_p_CV + math.log(1 - ctx.beta), log_q_CV, out=log_q_CV)
-                    scale_C1 *= 1 - ctx.beta
-                grad_CV = _kl_gradient_(log_p_CV, log_q_CV, kl_N[rows, None], scale_C1)
-            head.add(rows, grad_CV)
-            del log_p_CV, log_q_CV, grad_CV  # before the next ones exist
-        return *head.result(), *[None] * 6
+    def backward(ctx, grad_NK):
+        wants = ctx.needs_input_grad[:2]
+        _, _, *gradients = _sweep(ctx.plan, *ctx.saved_tensors, grad_NK, wants)
+        return *gradients, None, None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """sum scale * what `plan` reads, a scalar.  The gradients are computed along with it, while the
+    logits are there; backward only multiplies them, in place, so it can be done once."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, own_N, teacher_weight_VE, plan, scale_NK, wants):
+        tensors = hidden_ND, weight_VD, own_N, teacher_weight_VE
+        numbers_MK, index_M, *ctx.gradients = _sweep(plan, *tensors, scale_NK, wants)
+        return (numbers_MK * scale_NK[index_M]).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        if ctx.gradients is None:
+            raise RuntimeError("loss_weight_BT: backward can be called once, or do without it")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if g is None else g.mul_(grad) for g in gradients), *[None] * 5
+
+
+def _apply(plan: _Plan, tensors: tuple, scale_N, select_BT) -> torch.Tensor:
+    """`plan` on the four tensors that both classes take: the numbers [B, T, K], or with `scale_N`
+    their weighted sum, a scalar."""
+    if scale_N is None:
+        return _unflatten(_Numbers.apply(*tensors, plan), select_BT)
+    wants = [torch.is_grad_enabled() and x.requires_grad for x in tensors[:2]]
+    return _WeightedSum.apply(*tensors, plan, scale_N[:, None], wants)
 
 
 def _select(mask_BT, like_BT, temperature, chunk) -> torch.Tensor:
     """Check the arguments that concern positions: the selected ones, [B, T-1]."""
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 position, not {chunk}")
     if mask_BT is None:
         mask_BT = torch.ones_like(like_BT, dtype=torch.bool)
@@ -270,7 +296,9 @@ def _flatten(hidden_BTD, weight_VD, select_BT, vocab_size, names=("hidden_BTD", 
     vocab_size = weight_VD.shape[0] if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= weight_VD.shape[0]:
         raise ValueError(f"vocab_size must be in 1..{weight_VD.shape[0]}, not {vocab_size}")
-    hidden_ND, weight_VD = hidden_BTD[:, :-1][select_BT], weight_VD[:vocab_size]
+    hidden_ND = hidden_BTD[:, :-1][select_BT]
+    if vocab_size < len(weight_VD):  # the gradient of a slice is a copy of the whole
+        weight_VD = weight_VD[:vocab_size]
     device = hidden_BTD.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -311,6 +339,17 @@ def _select_candidates(candidates_BTK, ids_BT, select_BT, V) -> torch.Tensor:
     return candidates_NK
 
 
+def _select_weight(loss_weight_BT, select_BT, hidden_ND) -> torch.Tensor | None:
+    """Check the weights in the loss and flatten them to [N], in the type of the numbers."""
+    if loss_weight_BT is None:
+        return None
+    shape = len(select_BT), select_BT.shape[1] + 1
+    if loss_weight_BT.shape != shape or not loss_weight_BT.is_floating_point():
+        raise ValueError(f"loss_weight_BT must be a floating-point tensor of shape {shape}")
+    wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+    return loss_weight_BT.detach()[:, 1:][select_BT].to(wide)
+
+
 def _unflatten(values_N: torch.Tensor, select_BT: torch.Tensor) -> torch.Tensor:
     """[N, ...] at the selected positions of [B, T-1] -> [B, T, ...], zero elsewhere."""
     B, T = select_BT.shape[0], select_BT.shape[1] + 1
@@ -325,12 +364,14 @@ def token_logprobs(
     ids_BT: torch.Tensor,
     *,
     candidates_BTK: torch.Tensor | None = None,
+    loss_weight_BT: torch.Tensor | None = None,
     mask_BT: torch.Tensor | None = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> torch.Tensor:
-    """Log-prob of every token, differentiable in `hidden_BTD` and `weight_VD`.
+    """Log-prob of every token, or a weighted sum of them, differentiable in `hidden_BTD` and
+    `weight_VD`.
 
     Args:
         hidden_BTD: the backbone's last hidden states (after its final norm).
@@ -338,14 +379,17 @@ def token_logprobs(
         ids_BT: int64 tokens; `hidden[:, t-1]` predicts `ids[:, t]`.
         candidates_BTK: int64, the log-probs of these tokens are wanted in place of `ids_BT`'s,
             candidates for position t in entry t.
+        loss_weight_BT: the weight of every token in the loss, where it is known by now; not with
+            candidates.  It gets no gradient; where it is 0, nothing is computed.
         mask_BT: bool, the tokens that are wanted; default all.  Costs and memory follow its count.
         vocab_size: use only the first rows of the head; default all.
         temperature: divides the logits.
-        chunk: positions whose logits exist at one time.
+        chunk: positions whose logits exist at one time; default 256, on a GPU 1024.
 
     Returns:
         logp_BT, or logp_BTK of candidates, float32 (float64 for float64 input), nats; 0 at t = 0
-        and outside the mask.
+        and outside the mask.  With `loss_weight_BT` the scalar sum(loss_weight_BT * logp_BT): its
+        gradient is computed from the same logits, and backward can be called once.
 
     Raises:
         ValueError: shapes or types that do not fit, a selected id outside the vocabulary.
@@ -360,8 +404,12 @@ def token_logprobs(
     ids_NK = ids_N[:, None]
     if candidates_BTK is not None:
         ids_NK = _select_candidates(candidates_BTK, ids_BT, select_BT, len(weight_VD))
-    logp_NK = _TokenLogProbs.apply(hidden_ND, weight_VD, ids_NK, temperature, chunk)
-    return _unflatten(logp_NK if candidates_BTK is not None else logp_NK[:, 0], select_BT)
+        if loss_weight_BT is not None:
+            raise ValueError("loss_weight_BT is for the tokens of ids_BT, not for candidates_BTK")
+    scale_N = _select_weight(loss_weight_BT, select_BT, hidden_ND)
+    plan = _Plan("logprobs", temperature, _chunk_size(chunk, weight_VD))
+    out = _apply(plan, (hidden_ND, weight_VD, ids_NK, None), scale_N, select_BT)
+    return out if scale_N is not None or candidates_BTK is not None else out[..., 0]
 
 
 @torch.no_grad()
@@ -371,16 +419,18 @@ def token_stats(
     ids_BT: torch.Tensor,
     *,
     top_k: int = 0,
+    entropy: bool = True,
     candidates_BTK: torch.Tensor | None = None,
     mask_BT: torch.Tensor | None = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> TokenStats:
     """Everything that scoring reads off the distributions, in one pass over the head; no gradient.
 
     Arguments as in `token_logprobs`, and
         top_k: also return the K most likely tokens (0: do not).
+        entropy: whether to compute it; where nobody reads it, two passes over the logits are saved.
         candidates_BTK: int64, also return the log-probs of these tokens, candidates for position t
             in entry t (for the release rule: the student's top-K, scored by the teacher).
 
@@ -404,23 +454,30 @@ def token_stats(
     if candidates_BTK is not None:
         candidates_NK = _select_candidates(candidates_BTK, ids_BT, select_BT, V)
     N, wide = len(ids_N), torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-    names = ("logp_BT", "entropy_BT", "max_prob_BT")
+    names = ("logp_BT", "max_prob_BT", *(["entropy_BT"] if entropy else []))
     read = {name: ids_N.new_zeros(N, dtype=wide) for name in names}
     if top_k:
         read["topk_ids_BTK"] = ids_N.new_zeros(N, top_k)
         read["topk_logp_BTK"] = ids_N.new_zeros(N, top_k, dtype=wide)
     if candidates_NK is not None:
         read["candidate_logp_BTK"] = ids_N.new_zeros(candidates_NK.shape, dtype=wide)
-    for rows, logits_CV in _chunk_logits(hidden_ND, weight_VD, temperature, chunk):
-        logp_CV = logits_CV.sub_(logits_CV.logsumexp(dim=-1, keepdim=True))
-        read["logp_BT"][rows] = logp_CV.gather(1, ids_N[rows, None])[:, 0]
-        read["max_prob_BT"][rows] = logp_CV.amax(dim=-1).exp()
+    chunk = _chunk_size(chunk, weight_VD)
+    buffers = _buffers(2, min(chunk, N), weight_VD, wide)
+    for start in range(0, N, chunk):
+        rows = slice(start, min(start + chunk, N))
+        logits_CV, p_CV = (buffer[: rows.stop - start] for buffer in buffers)
+        _logits(hidden_ND[rows], weight_VD, temperature, logits_CV)
+        lse_C1 = _softmax(logits_CV, p_CV)
+        read["logp_BT"][rows] = (logits_CV.gather(1, ids_N[rows, None]) - lse_C1)[:, 0]
+        read["max_prob_BT"][rows] = p_CV.amax(dim=-1)
         if top_k:
-            read["topk_logp_BTK"][rows], read["topk_ids_BTK"][rows] = logp_CV.topk(top_k, dim=-1)
+            values_CK, read["topk_ids_BTK"][rows] = logits_CV.topk(top_k, dim=-1)
+            read["topk_logp_BTK"][rows] = values_CK - lse_C1
         if candidates_NK is not None:
-            read["candidate_logp_BTK"][rows] = logp_CV.gather(1, candidates_NK[rows])
-        # last: exp in place of the log-probs, which nothing reads any more; entr(p) = -p ln p
-        read["entropy_BT"][rows] = torch.special.entr(logp_CV.exp_()).sum(dim=-1)
+            read["candidate_logp_BTK"][rows] = logits_CV.gather(1, candidates_NK[rows]) - lse_C1
+        if entropy:  # lse - sum p logit, with 0 log 0 = 0
+            mean_C = _zero_nan_(logits_CV.mul_(p_CV)).sum(dim=-1)
+            read["entropy_BT"][rows] = lse_C1[:, 0] - mean_C
     return TokenStats(**{name: _unflatten(values_N, select_BT) for name, values_N in read.items()})
 
 
@@ -430,14 +487,16 @@ def token_divergence(
     teacher_hidden_BTE: torch.Tensor,
     teacher_weight_VE: torch.Tensor,
     *,
+    loss_weight_BT: torch.Tensor | None = None,
     mask_BT: torch.Tensor | None = None,
     kind: str = "rkl",
     beta: float = 0.5,
     vocab_size: int | None = None,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> torch.Tensor:
-    """Exact divergence between the student's p and the teacher's q, differentiable in the student.
+    """Exact divergence between the student's p and the teacher's q, or a weighted sum of it over
+    the tokens, differentiable in the student.
 
         rkl  KL(p || q) = sum p (log p - log q)
         fkl  KL(q || p) = sum q (log q - log p)
@@ -450,20 +509,22 @@ def token_divergence(
         hidden_BTD, weight_VD: the student, as in `token_logprobs`.
         teacher_hidden_BTE, teacher_weight_VE: the teacher on the same tokens.  No gradient reaches
             them, also where they are the student's own tensors.
+        loss_weight_BT: as in `token_logprobs`.
         mask_BT: bool, the tokens that are wanted; default all.  Costs and memory follow its count.
         kind: one of `DIVERGENCES`.
         beta: the teacher's share in m, between 0 and 1; only jsd reads it.
         vocab_size: use only the first rows of both heads; default all, of which both must then
             have the same number.
         temperature: divides the student's logits; the teacher's are left as they are.
-        chunk: positions whose logits exist at one time, in about three buffers of [chunk, V].
+        chunk: as in `token_logprobs`; there are three buffers of [chunk, V], for jsd four.
 
     Returns:
         divergence_BT, float32 (float64 for a float64 student); 0 at t = 0 and outside the mask.
+        With `loss_weight_BT` the scalar sum(loss_weight_BT * divergence_BT), as `token_logprobs`.
         Float32 rounding amounts to some 1e-6 nats, also below 0.  Probabilities that underflow
         count as 0 log 0 = 0.  Where the teacher's logit is -inf for a token that the student may
-        draw, rkl is inf and its gradient is not finite (unless the gradient that arrives is 0, as
-        behind `torch.where`); fkl and jsd remain finite.
+        draw, rkl is inf and its gradient is not finite (unless the position's weight is 0, or the
+        gradient that arrives, as behind `torch.where`); fkl and jsd remain finite.
 
     Raises:
         ValueError: shapes or types that do not fit, an unknown kind, beta outside (0, 1), heads
@@ -499,5 +560,8 @@ def token_divergence(
         teacher_hidden_BTE.detach(), teacher_weight_VE.detach(), select_BT, vocab_size,
         ("teacher_hidden_BTE", "teacher_weight_VE"),
     )
-    divergence_N = _TokenDivergence.apply(*student, *teacher, kind, beta, temperature, chunk)
-    return _unflatten(divergence_N, select_BT)
+    tensors = *student, *teacher
+    scale_N = _select_weight(loss_weight_BT, select_BT, student[0])
+    plan = _Plan(kind, temperature, _chunk_size(chunk, student[1]), beta)
+    out = _apply(plan, tensors, scale_N, select_BT)
+    return out if scale_N is not None else out[..., 0]

@@ -361,7 +361,7 @@ def token_weights(
 
 
 class StudentLogProbs(torch.nn.Module):
-    """The student's forward as training needs it: ids in, log-probs or divergences out.
+    """The student's forward as training needs it: ids in, log-probs or divergences out, or a loss.
 
     DDP hooks the forward of what it wraps, so backbone and chunked head must both be in here.
     """
@@ -370,13 +370,17 @@ class StudentLogProbs(torch.nn.Module):
         super().__init__()
         self.model, self.vocab_size, self.temperature = model, vocab_size, temperature
 
-    def forward(self, ids_BT, mask_BT, candidates_BTK=None, divergence=None):
+    def forward(
+        self, ids_BT, mask_BT, candidates_BTK=None, divergence=None, loss_weight_BT=None
+    ):
         """Log-probs [B, T] of the tokens, or [B, T, K] of candidates in their places, in nats at
         the sampling temperature; with `divergence`, (kind, beta, the teacher's hidden states and
-        head), that divergence [B, T] from the teacher. 0 outside `mask_BT`."""
+        head), that divergence [B, T] from the teacher. 0 outside `mask_BT`.  With `loss_weight_BT`
+        their weighted sum, a scalar, at less cost."""
         hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
         head_VD = self.model.get_output_embeddings().weight
-        how = {"mask_BT": mask_BT, "vocab_size": self.vocab_size, "temperature": self.temperature}
+        how = {"mask_BT": mask_BT, "vocab_size": self.vocab_size, "temperature": self.temperature,
+               "loss_weight_BT": loss_weight_BT}  # fmt: skip
         if divergence is not None:
             kind, beta, *teachers = divergence
             return logprobs.token_divergence(
@@ -396,7 +400,8 @@ def policy_gradient_loss(
 ) -> torch.Tensor:
     """-sum_t w_t A_t log p_S(y_t); with `behaviour_logp_BT` PPO's clipped ratio instead (scalar).
 
-    The ratio form, -sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t), is for several
+    `micro_batch_loss` has the plain form computed where the logits are, as a weighted sum.  The
+    ratio form, -sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t), is for several
     updates on the same rollouts; at r = 1 its gradient is that of the plain form.
     """
     if behaviour_logp_BT is None:
@@ -409,13 +414,18 @@ def policy_gradient_loss(
 def micro_batch_loss(student, batch, grades, advantage_BT, weight_BT, args, teacher_head_VE):
     """The objective on some rows, a scalar: the policy gradient; or an exact divergence; or
     (`topk`) the reverse KL over both models' top tokens with the lookahead reward inside."""
-    divergence = None
+    divergence, loss_weight_BT = None, None
     if args.objective in logprobs.DIVERGENCES:
         divergence = (args.objective, args.jsd_beta, grades.hidden_BTD, teacher_head_VE)
+        loss_weight_BT = weight_BT
+    elif args.objective == "pg" and args.updates_per_rollout == 1:
+        loss_weight_BT = -weight_BT * advantage_BT
     with autocast(args):
-        out = student(batch.ids_BT, grades.choice.keep_BT, grades.union_BTU, divergence)
-    if divergence is not None:
-        return (weight_BT * out).sum()
+        out = student(
+            batch.ids_BT, grades.choice.keep_BT, grades.union_BTU, divergence, loss_weight_BT
+        )
+    if loss_weight_BT is not None:
+        return out
     if args.objective == "topk":
         reward_BTU = None
         if grades.ahead is not None:  # the group is the first of the student's, which come first
@@ -423,9 +433,8 @@ def micro_batch_loss(student, batch, grades, advantage_BT, weight_BT, args, teac
             reward_BTU[..., : args.lgr_top_k] = args.lgr_gamma * grades.ahead.reward_BTK
         loss_BT = lgr.topk_loss(out, grades.union_logp_BTU, grades.union_valid_BTU, reward_BTU)
         return (weight_BT * loss_BT).sum()
-    behaviour_BT = batch.logp_BT if args.updates_per_rollout > 1 else None
     clip = (args.clip_low, args.clip_high)
-    return policy_gradient_loss(out, advantage_BT, weight_BT, behaviour_BT, clip)
+    return policy_gradient_loss(out, advantage_BT, weight_BT, batch.logp_BT, clip)
 
 
 def update(student, optimizer, batch, grades, advantage_BT, weight_BT, args, teacher_head_VE=None):

@@ -127,6 +127,20 @@ def test_rollout():
     assert shown.count("| 1.000 |") == 4  # the share of equal tokens
 
 
+def test_logprobs():
+    figures, shown = last_line("benchmarks/logprobs.py", "--vocabulary", "700", "--width", "16",
+                               "--lengths", "40", "--peaks", "48", "--naive", "47", "--repeats",
+                               "1", "--chunk", "16", "--peak-threads", "1")
+    ratios = {"score_ours_over_naive", "logp_ours_over_naive", "logp_plain_over_naive",
+              "rkl_ours_over_naive", "rkl_plain_over_naive"}
+    assert all(figures[name] > 0 for name in ratios)
+    assert all(figures[f"{job}_ours_over_compiled"] is None for job in ("score", "logp", "rkl"))
+    assert {name for name in figures if name.endswith("_mb")} == {
+        "score_ours_48_mb", "logp_ours_48_mb", "rkl_ours_48_mb"  # naive is too long there
+    }
+    assert shown.count("| 40 |") == 3 and shown.count("| 48 |") == 3
+
+
 def test_compare(tmp_path):
     """Two methods, two seeds; a second call finds the runs and writes the same table."""
     command = ["benchmarks/compare.py", "--worlds", "fork", "--methods", "opd", "lgr", "--seeds",

@@ -133,6 +133,26 @@ def test_what_was_not_asked_for_is_none():
     stats = logprobs.token_stats(hidden, weight, ids)
     assert stats.topk_ids_BTK is None and stats.topk_logp_BTK is None
     assert stats.candidate_logp_BTK is None and stats.logp_BT is not None
+    fewer = logprobs.token_stats(hidden, weight, ids, entropy=False)
+    assert fewer.entropy_BT is None and stats.entropy_BT is not None
+    assert torch.equal(fewer.logp_BT, stats.logp_BT)
+    assert torch.equal(fewer.max_prob_BT, stats.max_prob_BT)
+
+
+def test_the_default_chunk_changes_nothing_but_rounding():
+    hidden, weight, ids, mask, _ = case(torch.float32, length=200)
+    assert int(mask[:, 1:].sum()) > 256, "more than one chunk"
+    results = []
+    for chunk in (None, 37, 10**6):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        how = {"mask_BT": mask} | ({} if chunk is None else {"chunk": chunk})
+        logp = logprobs.token_logprobs(h, w, ids, **how)
+        logp.mean().backward()
+        entropy = logprobs.token_stats(hidden, weight, ids, **how).entropy_BT
+        results.append((logp.detach(), entropy, h.grad, w.grad))
+    for other in results[1:]:
+        for mine, reference in zip(results[0], other, strict=True):
+            assert torch.allclose(mine, reference, rtol=1e-5, atol=1e-5 * float(reference.max()))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
@@ -155,6 +175,13 @@ def test_extreme_logits_stay_finite():
     assert torch.isfinite(logp).all() and torch.isfinite(hidden.grad).all()
     assert logp[0, 2] == 0 and logp[0, 1] < -1e4
     assert (logprobs.token_stats(hidden, weight, ids).entropy_BT == 0).all()
+
+
+def test_forbidden_tokens_add_nothing_to_the_entropy():
+    """A logit of -inf: 0 log 0 = 0."""
+    head = torch.tensor([[0.0], [0.0], [-float("inf")]])
+    stats = logprobs.token_stats(torch.ones(1, 2, 1), head, torch.zeros(1, 2, dtype=torch.int64))
+    assert stats.entropy_BT[0, 1] == pytest.approx(math.log(2))
 
 
 def test_empty_mask_gives_zero_and_a_zero_gradient():
@@ -614,3 +641,253 @@ def test_divergence_of_real_models_under_autocast(kind):
     exact.sum().backward()
     assert 0 < (kl - exact).abs().max() < 0.05 * exact.max()
     assert (mine - weight.grad).norm() < 0.1 * weight.grad.norm()
+
+
+# the weighted sum, whose gradient is computed along with it
+
+READS = [("logprobs", 0.5), *KINDS]
+
+
+def read(kind, beta, models, ids, **how):
+    """token_logprobs or token_divergence on (hidden, head, teacher's hidden, teacher's head)."""
+    if kind == "logprobs":
+        return logprobs.token_logprobs(*models[:2], ids, **how)
+    return logprobs.token_divergence(*models, kind=kind, beta=beta, **how)
+
+
+def weights(seed=1):
+    """Of both signs, some of them 0."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(B, T, dtype=torch.float64, generator=g)
+    return weight * (torch.rand(B, T, generator=g) < 0.7)
+
+
+@pytest.mark.parametrize("kind, beta", READS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("vocab_size", [None, 15])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("chunk", [1, 5, None])
+def test_weighted_sum_and_its_gradient_equal_full_logits(
+    kind, beta, temperature, vocab_size, masked, chunk
+):
+    """With an incoming gradient other than 1; and the plain mode agrees."""
+    (*student, th, tw), mask = pair()
+    ids, loss_weight = case()[2] % (vocab_size or V), weights()
+    mask = mask if masked else None
+    how = {"mask_BT": mask, "vocab_size": vocab_size, "temperature": temperature, "chunk": chunk}
+    results = []
+    for way in ("ours", "plain", "naive"):
+        h, w = (x.clone().requires_grad_() for x in student)
+        if way == "ours":
+            total = read(kind, beta, (h, w, th, tw), ids, loss_weight_BT=loss_weight, **how)
+            assert total.shape == () and total.dtype == torch.float64
+        elif way == "plain":
+            total = (read(kind, beta, (h, w, th, tw), ids, **how) * loss_weight).sum()
+        else:
+            if kind == "logprobs":
+                full = naive(h, w, vocab_size, temperature)
+                numbers = full.gather(2, ids[:, 1:, None])[..., 0]
+            else:
+                numbers = naive_divergence(h, w, th, tw, kind, beta, vocab_size, temperature)
+            kept = loss_weight if mask is None else loss_weight * mask
+            total = (numbers * kept[:, 1:]).sum()
+        (-3 * total).backward()
+        results.append((total.detach(), h.grad, w.grad))
+    ours, plain, reference = results
+    assert reference[1].abs().max() > 1e-2 and reference[2].abs().max() > 1e-2
+    for a, b, c in zip(ours, plain, reference, strict=True):
+        assert torch.allclose(a, c, rtol=1e-11, atol=1e-11)
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind, beta", READS)
+def test_weighted_sum_with_a_tied_head_and_the_students_own_tensors_as_teacher(kind, beta):
+    """One tensor as embedding, head and teacher's head; the teacher's part gets no gradient."""
+    (_, w, *_), _ = pair()
+    ids, grads = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(3)), []
+    for ours in (True, False):
+        w = w.detach().requires_grad_()
+        h = torch.tanh(w[ids])
+        models = h, w, h.flip(0), w
+        if ours:
+            total = read(kind, beta, models, ids, loss_weight_BT=weights(), chunk=7)
+        else:
+            models = h, w, h.detach().flip(0), w.detach()
+            total = (read(kind, beta, models, ids) * weights()).sum()
+        grads += torch.autograd.grad(total, w)
+    assert grads[0].any() and torch.allclose(*grads, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind, beta", READS)
+@pytest.mark.parametrize("wants", ["hidden", "weight"])
+def test_weighted_sum_only_the_gradient_that_is_needed(wants, kind, beta):
+    models, _ = pair()
+    ids, here = case()[2], ["hidden", "weight"].index(wants)
+    alone = [x.clone().requires_grad_(i == here) for i, x in enumerate(models)]
+    both = [x.clone().requires_grad_(i < 2) for i, x in enumerate(models)]
+    for tensors in (alone, both):
+        read(kind, beta, tensors, ids, loss_weight_BT=weights()).backward()
+    assert alone[1 - here].grad is None and torch.equal(alone[here].grad, both[here].grad)
+
+
+@pytest.mark.parametrize("kind, beta", READS)
+def test_weighted_sums_keep_their_gradients_apart_and_give_them_once(kind, beta):
+    """Two sums over the same head, backward in the order of their making; then one of them again:
+    its gradient is gone, and a wrong one would go unnoticed."""
+    (h, w, th, tw), _ = pair()
+    w.requires_grad_()
+    ids, parts, sums = case()[2], [], []
+    for seed in (1, 2):
+        sums.append(read(kind, beta, (h, w, th, tw), ids, loss_weight_BT=weights(seed)))
+    for total in sums:
+        parts += torch.autograd.grad(2 * total, w, retain_graph=True)
+    for seed, part in zip((1, 2), parts, strict=True):
+        plain = (2 * read(kind, beta, (h, w, th, tw), ids) * weights(seed)).sum()
+        assert torch.allclose(part, *torch.autograd.grad(plain, w), rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match="loss_weight_BT: backward can be called once"):
+        sums[0].backward()
+
+
+@pytest.mark.parametrize("kind, beta", READS)
+def test_weights_of_the_loss_get_no_gradient(kind, beta):
+    (h, w, th, tw), _ = pair()
+    loss_weight = weights().requires_grad_()
+    total = read(kind, beta, (h.requires_grad_(), w, th, tw), case()[2], loss_weight_BT=loss_weight)
+    total.backward()
+    assert loss_weight.grad is None and h.grad.any()
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind, beta", READS)
+def test_the_weighted_sum_computes_logits_once(kind, beta):
+    """Head-size products per chunk: logits (of both models, if there are two), d hidden, d head.
+    The plain mode takes the logits twice; without gradient, either mode takes them once."""
+    (h, w, th, tw), _ = pair()
+    h, w = h.requires_grad_(), w.requires_grad_()
+    ids, logits, chunks = case()[2], 1 if kind == "logprobs" else 2, 3
+    how = {"chunk": B * (T - 1) // chunks}
+    loss_weight = torch.ones(B, T)
+    for weighted, products in ((True, logits + 2), (False, 2 * logits + 2)):
+        own = {"loss_weight_BT": loss_weight} if weighted else {}
+        with Products() as seen:
+            read(kind, beta, (h, w, th, tw), ids, **own, **how).sum().backward()
+        assert seen.count == chunks * products
+        with torch.no_grad(), Products() as seen:
+            value = read(kind, beta, (h, w, th, tw), ids, **own, **how).sum()
+        assert seen.count == chunks * logits and not value.requires_grad
+    with torch.no_grad():
+        total = read(kind, beta, (h, w, th, tw), ids, loss_weight_BT=loss_weight)
+    assert torch.allclose(total, value)
+
+
+@pytest.mark.parametrize("kind, beta", READS)
+@pytest.mark.parametrize("length", [64, 512])
+def test_weighted_sum_without_tensors_of_positions_times_vocabulary(length, kind, beta):
+    """As in the plain mode: at most chunk x V numbers with a vocabulary axis (the heads: V x D)."""
+    models, _ = pair(torch.float32, length=length)
+    ids, chunk = torch.zeros(B, length, dtype=torch.int64), 16
+    with Largest() as seen:
+        models = [x.requires_grad_(i < 2) for i, x in enumerate(models)]
+        read(kind, beta, models, ids, loss_weight_BT=torch.ones(B, length), chunk=chunk).backward()
+    assert seen.wide == max(chunk * V, V * D, V * E)
+    assert seen.any < B * length * V
+
+
+@pytest.mark.parametrize("kind, beta", READS)
+def test_weighted_sum_of_nothing_is_zero_and_so_is_its_gradient(kind, beta):
+    """Everything masked, or every weight 0: a process without a kept token runs backward too."""
+    ids, nothing = case()[2], torch.zeros(B, T)
+    for how in ({"mask_BT": nothing.bool(), "loss_weight_BT": weights()},
+                {"loss_weight_BT": nothing}):  # fmt: skip
+        (h, w, th, tw), _ = pair()
+        total = read(kind, beta, (h.requires_grad_(), w.requires_grad_(), th, tw), ids, **how)
+        total.backward()
+        assert total == 0 and (h.grad == 0).all() and (w.grad == 0).all()
+
+
+def test_a_weight_of_zero_hides_an_infinite_divergence():
+    """0 * inf would be nan, in the sum and in the gradient; with a weight, both show it."""
+    hidden, teacher = torch.ones(1, 3, 1), torch.tensor([[0.0], [1.0]])
+    teacher_hidden = torch.tensor([[[1.0], [float("inf")], [1.0]]])  # logits nan, inf in position 2
+    forbids = torch.tensor([[0.0], [-float("inf")]])
+    for models in ((teacher_hidden, teacher), (torch.tensor([[[1.0], [2.0], [1.0]]]), forbids)):
+        student = torch.tensor([[1.0], [0.5]]).requires_grad_()
+        weight = torch.tensor([[5.0, 0.0, 0.0]])
+        if models[1] is teacher:
+            weight[0, 1] = 2.0
+        total = logprobs.token_divergence(hidden, student, *models, loss_weight_BT=weight)
+        total.backward()
+        assert torch.isfinite(total) and torch.isfinite(student.grad).all()
+        assert (total > 0) == (models[1] is teacher)
+        student.grad = None
+        weight = torch.ones(1, 3)
+        total = logprobs.token_divergence(hidden, student, *models, loss_weight_BT=weight)
+        total.backward()
+        assert not torch.isfinite(total)
+        assert models[1] is teacher or not torch.isfinite(student.grad).any()
+
+
+@pytest.mark.parametrize("kind, beta", READS)
+def test_nan_in_either_model_is_not_lost(kind, beta):
+    """0 log 0 is 0, and nan is not."""
+    for broken in range(2 if kind == "logprobs" else 4):
+        models, _ = pair()
+        models[broken][..., 0, 0] = float("nan")
+        values = read(kind, beta, models, case()[2])
+        assert values[:, 1].isnan().all()
+        total = read(kind, beta, models, case()[2], loss_weight_BT=weights())
+        assert total.isnan()
+
+
+@pytest.mark.parametrize("kind, beta", READS)
+def test_weighted_sum_in_lower_precision(kind, beta):
+    """bfloat16 models, and float32 models under autocast: as near to float64 as the plain mode."""
+    models, _ = pair()
+    models, ids = [x.bfloat16().double() for x in models], case()[2]
+    exact = [x.clone().requires_grad_(i < 2) for i, x in enumerate(models)]
+    reference = read(kind, beta, exact, ids, loss_weight_BT=weights())
+    reference.backward()
+    for dtype in (torch.bfloat16, torch.float32):
+        low = [x.to(dtype).requires_grad_(i < 2) for i, x in enumerate(models)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            total = read(kind, beta, low, ids, loss_weight_BT=weights(), chunk=7)
+        total.backward()
+        assert total.dtype == torch.float32 and low[0].grad.dtype == low[1].grad.dtype == dtype
+        assert 0 < (total - reference).abs() < 0.1
+        for x, right in zip(low[:2], exact[:2], strict=True):
+            assert (x.grad - right.grad).norm() < 0.02 * right.grad.norm()
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_heads_gradient_is_summed_in_float32(weighted):
+    """A bfloat16 head, one position per chunk, 600 equal ones: a sum in bfloat16 would stop growing
+    at 256 times its terms."""
+    hidden, weight = torch.ones(1, 601, 1).bfloat16(), torch.zeros(2, 1).bfloat16().requires_grad_()
+    ids, how = torch.zeros(1, 601, dtype=torch.int64), {"chunk": 1}
+    if weighted:
+        how["loss_weight_BT"] = torch.ones(1, 601)
+    logprobs.token_logprobs(hidden, weight, ids, **how).sum().backward()
+    assert weight.grad.flatten().tolist() == [300, -300]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"loss_weight_BT": torch.ones(B, T + 1)}, "loss_weight_BT must .* shape .3, 9"),
+    ({"loss_weight_BT": torch.ones(B, T, 1)}, "loss_weight_BT must .* shape .3, 9"),
+    ({"loss_weight_BT": torch.ones(B, T, dtype=torch.bool)}, "loss_weight_BT must be a floating"),
+    ({"candidates_BTK": torch.zeros(B, T, K, dtype=torch.int64)}, "not for candidates_BTK"),
+])
+def test_weighted_sum_bad_arguments(change, message):
+    models, _ = pair()
+    how = {"loss_weight_BT": weights()} | change
+    for kind in ("logprobs", "rkl")[: 1 if "candidates_BTK" in change else 2]:
+        with pytest.raises(ValueError, match=message):
+            read(kind, 0.5, models, case()[2], **how)
