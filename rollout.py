@@ -33,6 +33,7 @@ vocabulary, S live slots, Q prefill columns, L attended columns.
 
 import inspect
 import math
+import platform
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,13 @@ class SlotCache:
         return 0
 
 
+HAS_ONEDNN = (
+    platform.machine() in ("x86_64", "AMD64")
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+)
+LARGE = 2**19  # entries of a matrix; below, oneDNN's preparations take longer than it saves
 RECORDS = 64  # steps whose results are written together
 LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -166,16 +174,15 @@ class LlamaStep:
     A forward call of the library takes some 60 small operations per layer, most of whose time is
     the launch; this takes about 20.  Query, key and value projections are one matrix product, as
     are gate and up projections.  Their matrices are put together in the type of the products at
-    the start (under autocast they would be cast anyway), unless that would copy many of them.
-    Embedding and head are called as the modules they are.
+    the start (under autocast they would be cast anyway), unless that would copy too many of them.
+    The embedding is called as the module it is, and so is a head that is more than a matrix.
     """
 
-    MOST_COPIED = 2**26  # parameters
+    MOST_COPIED = 2**30  # parameters
 
     def __init__(self, model, columns: int):
         base, config = model.base_model, model.config
         self.embed, self.norm = base.embed_tokens, base.norm
-        self.head = model.get_output_embeddings()
         self.dtype, device = model.dtype, model.device
         if torch.is_autocast_enabled(device.type):
             self.dtype = torch.get_autocast_dtype(device.type)
@@ -190,6 +197,9 @@ class LlamaStep:
         self.minus_infinity = self.zero - math.inf
         count = sum(p.numel() for p in base.layers.parameters())
         self.fuse = self.dtype != model.dtype or count <= self.MOST_COPIED
+        self.head = head = model.get_output_embeddings()
+        if type(head) is torch.nn.Linear and not is_hooked(head) and self.dtype == model.dtype:
+            self.head = product(head.weight, head.bias, pack=self.fuse)
         self.layers = []
         for layer in base.layers:
             attention, mlp = layer.self_attn, layer.mlp
@@ -223,22 +233,22 @@ class LlamaStep:
             for name, module in base.layers.named_modules()
             if name.endswith("_proj")
         )
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in base.layers.modules())
+        hooked = any(is_hooked(module) for module in base.layers.modules())
         return plain and not hooked and rope in ("default", "linear", "llama3", "yarn")
 
-    def together(self, *modules) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """[(weight, bias)] of one matrix product for all modules, or of one for each."""
+    def together(self, *modules) -> list:
+        """[product] of the modules' matrices one below the other, or of each by itself."""
         if not self.fuse:
-            return [(m.weight, m.bias) for m in modules]
+            return [product(m.weight, m.bias, pack=False) for m in modules]
         weight, bias = torch.cat([m.weight for m in modules]).to(self.dtype), None
         if modules[0].bias is not None:
             bias = torch.cat([m.bias for m in modules]).to(self.dtype)
-        return [(weight, bias)]
+        return [product(weight, bias, pack=True)]
 
     @staticmethod
     def apply(x_SD: torch.Tensor, products) -> torch.Tensor:
         """The products side by side."""
-        out = [F.linear(x_SD, *product) for product in products]
+        out = [product(x_SD) for product in products]
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
 
     def __call__(self, token_S, column_S, cache: SlotCache, width: int) -> torch.Tensor:
@@ -276,6 +286,27 @@ class LlamaStep:
             gate, up = self.apply(rms_norm(x_SD, norm2).to(self.dtype), gate_up).chunk(2, dim=1)
             x_SD = x_SD + self.apply(act(gate) * up, down)
         return rms_norm(x_SD, self.norm)
+
+
+def is_hooked(module) -> bool:
+    """Whether something is called before or after the module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def product(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, *, pack: bool):
+    """x -> x @ weight.T + bias.
+
+    On a CPU in float32, large matrices are multiplied by oneDNN, packed beforehand if the copy may
+    be made.  PyTorch's own choice, MKL, takes two to three times as long for a few rows (measured
+    on AMD's Zen 5).  The entry is one that PyTorch's compiler uses; where it is missing, so be it.
+    """
+    suits = weight_ND.device.type == "cpu" and weight_ND.dtype == torch.float32
+    if suits and weight_ND.numel() >= LARGE and HAS_ONEDNN:
+        multiply = torch.ops.mkldnn._linear_pointwise
+        if pack:
+            weight_ND = torch.ops.mkldnn._reorder_linear_weight(weight_ND.detach())
+        return lambda x_SD: multiply(x_SD, weight_ND, bias_N, "none", [], "")
+    return lambda x_SD: F.linear(x_SD, weight_ND, bias_N)
 
 
 def rms_norm(x_SD: torch.Tensor, module) -> torch.Tensor:

@@ -1,7 +1,9 @@
 r"""Sampling: `rollout.generate` against `model.generate`, on the same prompts to the same lengths.
 
-    python benchmarks/rollout.py                                             CPU, toy and 0.6B
-    python benchmarks/rollout.py --device cuda --dtype bfloat16 --models qwen3-0.6b --tokens 1024
+    python benchmarks/rollout.py                                   CPU, the toy student: minutes
+    python benchmarks/rollout.py --models qwen3-0.6b --batches 1 8 --rows 2 16 --caches dynamic \
+        --rounds 2                                                 CPU, a real shape: ten minutes
+    python benchmarks/rollout.py --models qwen3-0.6b --device cuda --dtype bfloat16 --tokens 1024
 
 Models: the toy student with its real problems; random weights of Qwen3-0.6B's shape.
 
@@ -161,8 +163,9 @@ class Work:
                 responses.append(ids[: ends[0] + 1] if ends else ids)
         return responses
 
-    def check(self, batch: int, caches: list[str]) -> tuple[float, float]:
-        """Compare greedy rollouts; returns (share of equal tokens, bytes that decoding must read).
+    def check(self, batch: int, caches: list[str]) -> tuple[float, int, float]:
+        """Compare greedy rollouts; returns (share of equal tokens, tokens of all responses, bytes
+        that decoding must read).
 
         Batched matrix products round differently, and a greedy choice between two tokens that are
         nearly as probable may fall either way; from there on the texts differ.
@@ -188,7 +191,8 @@ class Work:
             len(r) * len(p) + len(r) * (len(r) - 1) // 2
             for p, r in zip(self.prompts, ours, strict=True)
         )
-        return same / total, len(steps) * weights + columns * token * self.model.dtype.itemsize
+        bytes_read = len(steps) * weights + columns * token * self.model.dtype.itemsize
+        return same / total, sum(map(len, ours)), bytes_read
 
 
 def clock(device: str) -> float:
@@ -230,18 +234,20 @@ def main() -> None:
     """Print the table, then its ratios as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--models", nargs="+", default=["toy", "qwen3-0.6b"], choices=["toy", *SHAPES])
+    add("--models", nargs="+", default=["toy"], choices=["toy", *SHAPES])
     add("--lengths", nargs="+", default=["equal", "heavy"], choices=["equal", "heavy"])
-    add("--batches", type=int, nargs="+", help="rows in flight (default toy 1 8 64 256, else 1 8)")
+    add("--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="rows in flight")
     add("--rows", type=int, nargs="+", help="rollouts for each batch (default 4 times, 8 to 512)")
-    add("--tokens", type=int, default=96, help="longest response of random weights")
-    add("--prompt-tokens", type=int, default=64, help="longest prompt of random weights")
+    add("--tokens", type=int, default=48, help="longest response of random weights")
+    add("--prompt-tokens", type=int, default=32, help="longest prompt of random weights")
     add("--caches", nargs="+", default=["dynamic", "static"], choices=["dynamic", "static"])
     add("--rounds", type=int, default=3)
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
     add("--threads", type=int, default=1)
     args = parser.parse_args()
+    if args.rows and len(args.rows) != len(args.batches):
+        parser.error(f"--rows has {len(args.rows)} numbers, --batches {len(args.batches)}")
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -255,21 +261,19 @@ def main() -> None:
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", flush=True)
     ratios = {}
     for name in args.models:
-        batches = args.batches or ([1, 8, 64, 256] if name == "toy" else [1, 8])
-        rows_of = args.rows or [min(max(4 * batch, 8), 512) for batch in batches]
+        rows_of = args.rows or [min(max(4 * batch, 8), 512) for batch in args.batches]
         for kind in args.lengths:
-            for batch, rows in zip(batches, rows_of, strict=True):
+            for batch, rows in zip(args.batches, rows_of, strict=True):
                 dtype = getattr(torch, args.dtype)
                 work = Work(name, kind, rows, args.tokens, args.prompt_tokens, args.device, dtype)
-                same, bytes_read = work.check(batch, args.caches)
+                same, tokens, bytes_read = work.check(batch, args.caches)
                 if same < 0.9:
                     sys.exit(f"{name} {kind} {batch}: only {same:.3f} of the greedy tokens agree")
                 best = measure(work, batch, args.caches, args.rounds, args.device)
-                mean = sum(map(len, work.ours(batch, greedy=True))) / rows
-                share = bytes_read / (mean * rows) * best["ours"] / speed
+                share = bytes_read / tokens * best["ours"] / speed
                 ratio = best["ours"] / max(best[cache] for cache in args.caches)
                 ratios[f"{name}/{kind}/{batch}"] = round(ratio, 2)
-                shown = [name, kind, f"{batch}", f"{rows}", f"{mean:.0f}", f"{same:.3f}"]
+                shown = [name, kind, f"{batch}", f"{rows}", f"{tokens / rows:.0f}", f"{same:.3f}"]
                 shown += [f"{best['ours']:.0f}", f"{share:.2f}"]
                 shown += [f"{best[cache]:.0f}" for cache in args.caches] + [f"{ratio:.2f}"]
                 print("| " + " | ".join(shown) + " |", flush=True)

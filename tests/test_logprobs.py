@@ -701,6 +701,27 @@ def test_weighted_sum_and_its_gradient_equal_full_logits(
 
 
 @pytest.mark.parametrize("kind, beta", READS)
+@pytest.mark.parametrize("onednn", [True, False])
+def test_large_heads_in_float32_go_to_onednn(onednn, kind, beta, monkeypatch):
+    """Two ways of multiplying, the same numbers and gradients: those of float64 to 1e-5."""
+    monkeypatch.setattr(logprobs, "LARGE", 0)
+    monkeypatch.setattr(logprobs, "HAS_ONEDNN", onednn and logprobs.HAS_ONEDNN)
+    (*student, th, tw), mask = pair()
+    ids, loss_weight, results = case()[2], weights(), []
+    for dtype in (torch.float64, torch.float32):
+        h, w, teacher_h, teacher_w = (x.detach().to(dtype, copy=True) for x in (*student, th, tw))
+        h.requires_grad_(), w.requires_grad_()
+        how = {"mask_BT": mask, "chunk": 5}
+        models = h, w, teacher_h, teacher_w
+        total = read(kind, beta, models, ids, loss_weight_BT=loss_weight, **how)
+        total.backward()
+        stats = logprobs.token_stats(h, w, ids, top_k=3, **how)
+        results.append((total.detach(), h.grad, w.grad, stats.logp_BT, stats.topk_logp_BTK))
+    for exact, ours in zip(*results, strict=True):
+        assert torch.allclose(exact, ours.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, beta", READS)
 def test_weighted_sum_with_a_tied_head_and_the_students_own_tensors_as_teacher(kind, beta):
     """One tensor as embedding, head and teacher's head; the teacher's part gets no gradient."""
     (_, w, *_), _ = pair()

@@ -220,6 +220,26 @@ def test_our_decoding_step_is_the_models(name, most_copied, monkeypatch):
     assert torch.equal(ours.topk_ids_BTK, theirs.topk_ids_BTK)
 
 
+@pytest.mark.parametrize("most_copied", [0, 2**30])
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "biases", "tied"])
+def test_large_matrices_in_float32_go_to_onednn(name, most_copied, monkeypatch):
+    """Packed or as they are, with and without biases, for any number of rows: greedy rollouts are
+    those of the model's own forward, statistics to 1e-4."""
+    model = family(name)
+    monkeypatch.setattr(rollout.LlamaStep, "fits", staticmethod(lambda model: False))
+    theirs = sample(model, temperature=0)
+    monkeypatch.undo()
+    monkeypatch.setattr(rollout, "LARGE", 0)
+    monkeypatch.setattr(rollout.LlamaStep, "MOST_COPIED", most_copied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch_size in (None, 3):
+            ours = sample(model, temperature=0, batch_size=batch_size)
+            assert torch.equal(ours.ids_BT, theirs.ids_BT)
+            assert torch.allclose(ours.logp_BT, theirs.logp_BT, atol=1e-4)
+            assert torch.allclose(ours.entropy_BT, theirs.entropy_BT, atol=1e-4)
+
+
 def test_our_decoding_step_in_bfloat16():
     """Under autocast, as training on a GPU samples, and for a model of that type: its statistics
     are as near to float64's as those of the model's own forward."""
