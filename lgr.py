@@ -43,10 +43,17 @@ union; of a slice R rows that have leaves, Q leaves per row, L columns of its ma
 
 import inspect
 import math
+import platform
 
 import torch
 
 SIGNALS = ("max_prob", "sampled_prob", "entropy")
+HAS_ONEDNN = (
+    platform.machine() in ("x86_64", "AMD64")
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+LARGE = 2**18  # entries of a head; below, oneDNN's preparations take longer than it saves
 
 
 def trigger(
@@ -205,6 +212,15 @@ def _score_slice(model, trunk, row_N, position_N, token_N) -> torch.Tensor:
     return hidden_RQD[own_N, place_N]
 
 
+def _logits(hidden_CD, weight_VD) -> torch.Tensor:
+    """hidden @ weight.T; large float32 heads on an x86 CPU by oneDNN, where MKL, PyTorch's own
+    choice, may take twice as long (as in logprobs.py: leaves and trunk should cost the same)."""
+    if HAS_ONEDNN and weight_VD.device.type == "cpu" and weight_VD.dtype == torch.float32:
+        if weight_VD.numel() >= LARGE:
+            return torch.ops.mkldnn._linear_pointwise(hidden_CD, weight_VD, None, "none", [], "")
+    return hidden_CD @ weight_VD.T
+
+
 def _read_signal(hidden_ND, weight_VD, signal, next_N, chunk) -> torch.Tensor:
     """The teacher's confidence [N] after each hidden state, larger is surer, through the head in
     chunks of positions: never more than [chunk, V] logits."""
@@ -212,7 +228,7 @@ def _read_signal(hidden_ND, weight_VD, signal, next_N, chunk) -> torch.Tensor:
     out_N = hidden_ND.new_empty(len(hidden_ND), dtype=wide)
     for start in range(0, len(hidden_ND), chunk):
         rows = slice(start, start + chunk)
-        logits_CV = (hidden_ND[rows] @ weight_VD.T).to(wide)
+        logits_CV = _logits(hidden_ND[rows], weight_VD).to(wide)
         lse_C = logits_CV.logsumexp(dim=-1)
         if signal == "max_prob":
             out_N[rows] = (logits_CV.amax(dim=-1) - lse_C).exp()

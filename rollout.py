@@ -156,164 +156,6 @@ class SlotCache:
         return 0
 
 
-HAS_ONEDNN = (
-    platform.machine() in ("x86_64", "AMD64")
-    and torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-)
-LARGE = 2**19  # entries of a matrix; below, oneDNN's preparations take longer than it saves
-RECORDS = 64  # steps whose results are written together
-LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-
-
-class LlamaStep:
-    """One decoding step of a Llama-like model, for speed: RMS norm, rotary embedding (with norms of
-    queries and keys, as in Qwen3, or biases, as in Qwen2), grouped attention, gated MLP.
-
-    A forward call of the library takes some 60 small operations per layer, most of whose time is
-    the launch; this takes about 20.  Query, key and value projections are one matrix product, as
-    are gate and up projections.  Their matrices are put together in the type of the products at
-    the start (under autocast they would be cast anyway), unless that would copy too many of them.
-    The embedding is called as the module it is, and so is a head that is more than a matrix.
-    """
-
-    MOST_COPIED = 2**30  # parameters
-
-    def __init__(self, model, columns: int):
-        base, config = model.base_model, model.config
-        self.embed, self.norm = base.embed_tokens, base.norm
-        self.dtype, device = model.dtype, model.device
-        if torch.is_autocast_enabled(device.type):
-            self.dtype = torch.get_autocast_dtype(device.type)
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = base.layers[0].self_attn.head_dim
-        place_L = torch.arange(columns, device=device)
-        cos, sin = base.rotary_emb(torch.zeros(1, dtype=model.dtype, device=device), place_L[None])
-        # x -> x cos + rotated(x) sin, where rotated swaps the halves and negates the first
-        sin = torch.cat([-sin[..., : self.head_dim // 2], sin[..., self.head_dim // 2 :]], dim=-1)
-        self.turn_L2d, self.place_L = torch.stack([cos[0], sin[0]], dim=1), place_L
-        self.zero = torch.zeros((), dtype=self.dtype, device=device)
-        self.minus_infinity = self.zero - math.inf
-        count = sum(p.numel() for p in base.layers.parameters())
-        self.fuse = self.dtype != model.dtype or count <= self.MOST_COPIED
-        self.head = head = model.get_output_embeddings()
-        if type(head) is torch.nn.Linear and not is_hooked(head) and self.dtype == model.dtype:
-            self.head = product(head.weight, head.bias, pack=self.fuse)
-        self.layers = []
-        for layer in base.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-            if norms[0] is not None:
-                counts = (self.heads, self.kv_heads)
-                norms = torch.cat(
-                    [n.weight.expand(c, -1) for n, c in zip(norms, counts, strict=True)]
-                ), norms[0].variance_epsilon
-            self.layers.append((
-                layer.input_layernorm,
-                self.together(attention.q_proj, attention.k_proj, attention.v_proj),
-                norms,
-                attention.scaling,
-                self.together(attention.o_proj),
-                layer.post_attention_layernorm,
-                self.together(mlp.gate_proj, mlp.up_proj),
-                mlp.act_fn,
-                self.together(mlp.down_proj),
-            ))  # fmt: skip
-
-    @staticmethod
-    def fits(model) -> bool:
-        """True for the models that this step was written for, with nothing put in between."""
-        if type(model).__name__ not in LLAMA_LIKE:
-            return False
-        base = model.base_model
-        rope = getattr(base.rotary_emb, "rope_type", "default")
-        plain = all(
-            type(module) is torch.nn.Linear
-            for name, module in base.layers.named_modules()
-            if name.endswith("_proj")
-        )
-        hooked = any(is_hooked(module) for module in base.layers.modules())
-        return plain and not hooked and rope in ("default", "linear", "llama3", "yarn")
-
-    def together(self, *modules) -> list:
-        """[product] of the modules' matrices one below the other, or of each by itself."""
-        if not self.fuse:
-            return [product(m.weight, m.bias, pack=False) for m in modules]
-        weight, bias = torch.cat([m.weight for m in modules]).to(self.dtype), None
-        if modules[0].bias is not None:
-            bias = torch.cat([m.bias for m in modules]).to(self.dtype)
-        return [product(weight, bias, pack=True)]
-
-    @staticmethod
-    def apply(x_SD: torch.Tensor, products) -> torch.Tensor:
-        """The products side by side."""
-        out = [product(x_SD) for product in products]
-        return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
-
-    def __call__(self, token_S, column_S, cache: SlotCache, width: int) -> torch.Tensor:
-        """Feed one token per live slot; returns the logits [S, V] of the next one."""
-        x_SD = self.embed(token_S)
-        device, S = x_SD.device.type, len(token_S)
-        with torch.autocast(device, enabled=False):
-            x_SD = self.backbone(x_SD, S, column_S, cache, width)
-        return self.head(x_SD)
-
-    def backbone(self, x_SD, S, column_S, cache, width):
-        """Embeddings [S, D] -> the last hidden states."""
-        heads, kv_heads, d = self.heads, self.kv_heads, self.head_dim
-        turned = heads + kv_heads
-        cos_S1d, sin_S1d = self.turn_L2d[column_S].split(1, dim=1)
-        beyond_S11L = (self.place_L[:width] > column_S[:, None])[:, None, None]
-        mask_S11L = torch.where(beyond_S11L, self.minus_infinity, self.zero)
-        for i, layer in enumerate(self.layers):
-            norm1, qkv, norms, scaling, out, norm2, gate_up, act, down = layer
-            h = self.apply(rms_norm(x_SD, norm1).to(self.dtype), qkv)
-            qk, v = h.split([turned * d, kv_heads * d], dim=1)
-            qk = qk.view(S, turned, d).to(x_SD.dtype)
-            if norms[0] is not None:
-                qk = F.rms_norm(qk, (d,), None, norms[1]) * norms[0]
-            qk = torch.addcmul(qk * cos_S1d, qk.roll(d // 2, -1), sin_S1d).to(self.dtype)
-            new_S = torch.cat([qk[:, heads:].flatten(1), v], dim=1)
-            cache.layers[i].flatten(0, 1).index_copy_(0, cache.place_S, new_S)
-            stored = cache.layers[i][:S, :width].unflatten(2, (2, kv_heads, d))
-            key, value = stored.transpose(1, 3).unbind(2)  # [S, kv_heads, L, d] each
-            # the queries of a group share their keys: they go in the place of query positions
-            a = F.scaled_dot_product_attention(
-                qk[:, :heads].view(S, kv_heads, -1, d), key, value, mask_S11L, scale=scaling
-            )
-            x_SD = x_SD + self.apply(a.reshape(S, heads * d), out)
-            gate, up = self.apply(rms_norm(x_SD, norm2).to(self.dtype), gate_up).chunk(2, dim=1)
-            x_SD = x_SD + self.apply(act(gate) * up, down)
-        return rms_norm(x_SD, self.norm)
-
-
-def is_hooked(module) -> bool:
-    """Whether something is called before or after the module's forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def product(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, *, pack: bool):
-    """x -> x @ weight.T + bias.
-
-    On a CPU in float32, large matrices are multiplied by oneDNN, packed beforehand if the copy may
-    be made.  PyTorch's own choice, MKL, takes two to three times as long for a few rows (measured
-    on AMD's Zen 5).  The entry is one that PyTorch's compiler uses; where it is missing, so be it.
-    """
-    suits = weight_ND.device.type == "cpu" and weight_ND.dtype == torch.float32
-    if suits and weight_ND.numel() >= LARGE and HAS_ONEDNN:
-        multiply = torch.ops.mkldnn._linear_pointwise
-        if pack:
-            weight_ND = torch.ops.mkldnn._reorder_linear_weight(weight_ND.detach())
-        return lambda x_SD: multiply(x_SD, weight_ND, bias_N, "none", [], "")
-    return lambda x_SD: F.linear(x_SD, weight_ND, bias_N)
-
-
-def rms_norm(x_SD: torch.Tensor, module) -> torch.Tensor:
-    """The module's norm in one operation."""
-    return F.rms_norm(x_SD, x_SD.shape[-1:], module.weight, module.variance_epsilon)
-
-
 def attention_mask(model, allowed: torch.Tensor) -> torch.Tensor:
     """A boolean [.., Q, L] mask in the form that the model's attention takes it.
 
@@ -448,6 +290,9 @@ def generate(
         return sampler.run(min(batch_size or len(prompts), len(prompts)), top_k, vocab_size)
     finally:
         model.train(was_training)
+
+
+RECORDS = 64  # steps whose results are written together
 
 
 class _Sampler:
@@ -607,3 +452,160 @@ class _Sampler:
         self.row_S, self.column_S = self.row_S[place], self.column_S[place]
         self.token_S = self.token_S[place]
         return left
+
+
+# ----------------------------------------------------------- one step of a Llama-like model, faster
+HAS_ONEDNN = (
+    platform.machine() in ("x86_64", "AMD64")
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+)
+LARGE = 2**19  # entries of a matrix; below, oneDNN's preparations take longer than it saves
+LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+class LlamaStep:
+    """One decoding step of a Llama-like model, for speed: RMS norm, rotary embedding (with norms of
+    queries and keys, as in Qwen3, or biases, as in Qwen2), grouped attention, gated MLP.
+
+    A forward call of the library takes some 60 small operations per layer, most of whose time is
+    the launch; this takes about 20.  Query, key and value projections are one matrix product, as
+    are gate and up projections.  Their matrices are put together in the type of the products at
+    the start (under autocast they would be cast anyway), unless that would copy too many of them.
+    The embedding is called as the module it is, and so is a head that is more than a matrix.
+    """
+
+    MOST_COPIED = 2**30  # parameters
+
+    def __init__(self, model, columns: int):
+        base, config = model.base_model, model.config
+        self.embed, self.norm = base.embed_tokens, base.norm
+        self.dtype, device = model.dtype, model.device
+        if torch.is_autocast_enabled(device.type):
+            self.dtype = torch.get_autocast_dtype(device.type)
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = base.layers[0].self_attn.head_dim
+        place_L = torch.arange(columns, device=device)
+        cos, sin = base.rotary_emb(torch.zeros(1, dtype=model.dtype, device=device), place_L[None])
+        # x -> x cos + rotated(x) sin, where rotated swaps the halves and negates the first
+        sin = torch.cat([-sin[..., : self.head_dim // 2], sin[..., self.head_dim // 2 :]], dim=-1)
+        self.turn_L2d, self.place_L = torch.stack([cos[0], sin[0]], dim=1), place_L
+        self.zero = torch.zeros((), dtype=self.dtype, device=device)
+        self.minus_infinity = self.zero - math.inf
+        count = sum(p.numel() for p in base.layers.parameters())
+        self.fuse = self.dtype != model.dtype or count <= self.MOST_COPIED
+        self.head = head = model.get_output_embeddings()
+        if type(head) is torch.nn.Linear and not is_hooked(head) and self.dtype == model.dtype:
+            self.head = product(head.weight, head.bias, pack=self.fuse)
+        self.layers = []
+        for layer in base.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+            if norms[0] is not None:
+                counts = (self.heads, self.kv_heads)
+                weights = [n.weight.expand(c, -1) for n, c in zip(norms, counts, strict=True)]
+                norms = torch.cat(weights), norms[0].variance_epsilon
+            self.layers.append((
+                layer.input_layernorm,
+                self.together(attention.q_proj, attention.k_proj, attention.v_proj),
+                norms,
+                attention.scaling,
+                self.together(attention.o_proj),
+                layer.post_attention_layernorm,
+                self.together(mlp.gate_proj, mlp.up_proj),
+                mlp.act_fn,
+                self.together(mlp.down_proj),
+            ))  # fmt: skip
+
+    @staticmethod
+    def fits(model) -> bool:
+        """True for the models that this step was written for, with nothing put in between."""
+        if type(model).__name__ not in LLAMA_LIKE:
+            return False
+        base = model.base_model
+        rope = getattr(base.rotary_emb, "rope_type", "default")
+        plain = all(
+            type(module) is torch.nn.Linear
+            for name, module in base.layers.named_modules()
+            if name.endswith("_proj")
+        )
+        hooked = any(is_hooked(module) for module in base.layers.modules())
+        return plain and not hooked and rope in ("default", "linear", "llama3", "yarn")
+
+    def together(self, *modules) -> list:
+        """[product] of the modules' matrices one below the other, or of each by itself."""
+        if not self.fuse:
+            return [product(m.weight, m.bias, pack=False) for m in modules]
+        weight, bias = torch.cat([m.weight for m in modules]).to(self.dtype), None
+        if modules[0].bias is not None:
+            bias = torch.cat([m.bias for m in modules]).to(self.dtype)
+        return [product(weight, bias, pack=True)]
+
+    @staticmethod
+    def apply(x_SD: torch.Tensor, products) -> torch.Tensor:
+        """The products side by side."""
+        out = [product(x_SD) for product in products]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+
+    def __call__(self, token_S, column_S, cache: SlotCache, width: int) -> torch.Tensor:
+        """Feed one token per live slot; returns the logits [S, V] of the next one."""
+        x_SD = self.embed(token_S)
+        device, S = x_SD.device.type, len(token_S)
+        with torch.autocast(device, enabled=False):
+            x_SD = self.backbone(x_SD, S, column_S, cache, width)
+        return self.head(x_SD)
+
+    def backbone(self, x_SD, S, column_S, cache, width):
+        """Embeddings [S, D] -> the last hidden states."""
+        heads, kv_heads, d = self.heads, self.kv_heads, self.head_dim
+        turned = heads + kv_heads
+        cos_S1d, sin_S1d = self.turn_L2d[column_S].split(1, dim=1)
+        beyond_S11L = (self.place_L[:width] > column_S[:, None])[:, None, None]
+        mask_S11L = torch.where(beyond_S11L, self.minus_infinity, self.zero)
+        for i, layer in enumerate(self.layers):
+            norm1, qkv, norms, scaling, out, norm2, gate_up, act, down = layer
+            h = self.apply(rms_norm(x_SD, norm1).to(self.dtype), qkv)
+            qk, v = h.split([turned * d, kv_heads * d], dim=1)
+            qk = qk.view(S, turned, d).to(x_SD.dtype)
+            if norms[0] is not None:
+                qk = F.rms_norm(qk, (d,), None, norms[1]) * norms[0]
+            qk = torch.addcmul(qk * cos_S1d, qk.roll(d // 2, -1), sin_S1d).to(self.dtype)
+            new_S = torch.cat([qk[:, heads:].flatten(1), v], dim=1)
+            cache.layers[i].flatten(0, 1).index_copy_(0, cache.place_S, new_S)
+            stored = cache.layers[i][:S, :width].unflatten(2, (2, kv_heads, d))
+            key, value = stored.transpose(1, 3).unbind(2)  # [S, kv_heads, L, d] each
+            # the queries of a group share their keys: they go in the place of query positions
+            a = F.scaled_dot_product_attention(
+                qk[:, :heads].view(S, kv_heads, -1, d), key, value, mask_S11L, scale=scaling
+            )
+            x_SD = x_SD + self.apply(a.reshape(S, heads * d), out)
+            gate, up = self.apply(rms_norm(x_SD, norm2).to(self.dtype), gate_up).chunk(2, dim=1)
+            x_SD = x_SD + self.apply(act(gate) * up, down)
+        return rms_norm(x_SD, self.norm)
+
+
+def is_hooked(module) -> bool:
+    """Whether something is called before or after the module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def product(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, *, pack: bool):
+    """x -> x @ weight.T + bias.
+
+    On a CPU in float32, large matrices are multiplied by oneDNN, packed beforehand if the copy may
+    be made.  PyTorch's own choice, MKL, takes two to three times as long for a few rows (measured
+    on AMD's Zen 5).  The entry is one that PyTorch's compiler uses; where it is missing, so be it.
+    """
+    suits = weight_ND.device.type == "cpu" and weight_ND.dtype == torch.float32
+    if suits and weight_ND.numel() >= LARGE and HAS_ONEDNN:
+        multiply = torch.ops.mkldnn._linear_pointwise
+        if pack:
+            weight_ND = torch.ops.mkldnn._reorder_linear_weight(weight_ND.detach())
+        return lambda x_SD: multiply(x_SD, weight_ND, bias_N, "none", [], "")
+    return lambda x_SD: F.linear(x_SD, weight_ND, bias_N)
+
+
+def rms_norm(x_SD: torch.Tensor, module) -> torch.Tensor:
+    """The module's norm in one operation."""
+    return F.rms_norm(x_SD, x_SD.shape[-1:], module.weight, module.variance_epsilon)

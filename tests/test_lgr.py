@@ -193,6 +193,16 @@ def test_nothing_triggered_runs_nothing(model):
     assert seen
 
 
+@pytest.mark.parametrize("onednn", [False, True])
+def test_large_heads_in_float32_go_to_onednn(model, onednn, monkeypatch):
+    """Two ways of multiplying, the same confidences."""
+    monkeypatch.setattr(lgr, "LARGE", 0)
+    monkeypatch.setattr(lgr, "HAS_ONEDNN", onednn and lgr.HAS_ONEDNN)
+    x = case(high=40)
+    for cut in (None, 40):
+        assert_equal(score(model, x, vocab_size=cut), naive(model, x, vocab_size=cut))
+
+
 @pytest.mark.parametrize("with_trunk", [False, True])
 @pytest.mark.parametrize("vocab_size", [None, 20])
 @pytest.mark.parametrize("signal", lgr.SIGNALS)
