@@ -141,10 +141,8 @@ class SlotCache:
         else:
             buffer.flatten(0, 1).index_copy_(0, self.place_S, new[:, 0])
         stored = buffer[self.rows, : self.width]
-        key, value = stored.split([heads * d, heads * e], dim=2)
-        return key.unflatten(2, (heads, d)).transpose(1, 2), value.unflatten(
-            2, (heads, e)
-        ).transpose(1, 2)
+        parts = stored.split([heads * d, heads * e], dim=2)
+        return tuple(x.unflatten(2, (heads, -1)).transpose(1, 2) for x in parts)
 
     def move(self, source: torch.Tensor, target: torch.Tensor, width: int) -> None:
         """Copy the first `width` columns of the slots `source` over the slots `target`."""
