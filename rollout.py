@@ -17,7 +17,7 @@ How it works
             them, and a column is only attended to after that.
   decode    One token per live row and step: write its key and value into the row's own column,
             attend to the columns up to it.  Models built like Llama are decoded by a step written
-            by hand (`LlamaStep`), with a third of the operations of the library's forward; it is
+            by hand (`LlamaStep`), with half the operations of the library's forward; it is
             compared with that forward once per call.  All others go through their own forward.
   retire    A row that ends leaves the batch at once: the last live slot moves into its place, so
             the live rows stay a prefix of the cache and a step costs what its live rows cost.
@@ -467,11 +467,11 @@ class LlamaStep:
     """One decoding step of a Llama-like model, for speed: RMS norm, rotary embedding (with norms of
     queries and keys, as in Qwen3, or biases, as in Qwen2), grouped attention, gated MLP.
 
-    A forward call of the library takes some 60 small operations per layer, most of whose time is
-    the launch; this takes about 20.  Query, key and value projections are one matrix product, as
-    are gate and up projections.  Their matrices are put together in the type of the products at
-    the start (under autocast they would be cast anyway), unless that would copy too many of them.
-    The embedding is called as the module it is, and so is a head that is more than a matrix.
+    A small model's forward is a chain of small operations, most of whose time is the launch; here
+    are half as many.  Query, key and value projections are one matrix product, as are gate and up
+    projections.  Their matrices are put together in the type of the products at the start (under
+    autocast they would be cast anyway), unless that would copy too many of them.  The embedding is
+    called as the module it is, and so is a head that is more than a matrix.
     """
 
     MOST_COPIED = 2**30  # parameters

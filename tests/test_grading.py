@@ -289,11 +289,12 @@ def test_workers_leave_quietly(end):
 
 @needs_proc
 def test_workers_say_nothing_on_ctrl_c():
-    end = "\n".join(["try:", "    time.sleep(600)", "except KeyboardInterrupt:", "    pass",
+    end = "\n".join(["try:", "    print('waiting', flush=True)", "    time.sleep(600)",
+                     "except KeyboardInterrupt:", "    pass",
                      "print('interrupted', sentences.begin([np.array([40])])())",
                      "sentences.close()"])
     process, workers = start(end)
-    time.sleep(0.3)
+    assert process.stdout.readline() == "waiting\n"
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to all of them
     shown, errors = process.communicate(timeout=60)
     assert shown.startswith("interrupted [tensor([0])]") and errors == "" and gone(workers)
