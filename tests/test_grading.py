@@ -220,6 +220,7 @@ import os, signal, sys, time
 import numpy as np
 sys.path.insert(0, {root!r})
 import evaluate, grading, teachability, toy
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs begin without
 tokenizer = evaluate.load_tokenizer(toy.world().student)
 tokenizer(["The dial starts at 3."] * 5000)  # with the library's own threads
 
