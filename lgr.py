@@ -214,7 +214,7 @@ def _score_slice(model, trunk, row_N, position_N, token_N) -> torch.Tensor:
 
 def _logits(hidden_CD, weight_VD) -> torch.Tensor:
     """hidden @ weight.T; large float32 heads on an x86 CPU by oneDNN, where MKL, PyTorch's own
-    choice, may take twice as long (as in logprobs.py: leaves and trunk should cost the same)."""
+    choice, may take longer (as in logprobs.py: leaves and trunk should cost the same)."""
     if HAS_ONEDNN and weight_VD.device.type == "cpu" and weight_VD.dtype == torch.float32:
         if weight_VD.numel() >= LARGE:
             return torch.ops.mkldnn._linear_pointwise(hidden_CD, weight_VD, None, "none", [], "")

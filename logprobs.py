@@ -84,9 +84,8 @@ def _buffers(count: int, rows: int, weight_VD, wide: torch.dtype) -> list[torch.
 
 def _by_onednn(weight_VD: torch.Tensor) -> bool:
     """Whether products with this head should go to oneDNN: on a CPU, in float32, large matrices.
-    PyTorch's own choice, MKL, takes twice as long (measured on AMD's Zen 5).  The entry,
-    `_linear_pointwise(x, w, ...)` = x @ w.T, is one that PyTorch's compiler uses; where it is
-    missing, so be it."""
+    PyTorch's own choice, MKL, takes longer on AMD's Zen 5.  The entry, `_linear_pointwise(x, w,
+    ...)` = x @ w.T, is one that PyTorch's compiler uses; where it is missing, so be it."""
     suits = weight_VD.device.type == "cpu" and weight_VD.dtype == torch.float32
     return HAS_ONEDNN and suits and weight_VD.numel() >= LARGE
 

@@ -535,10 +535,12 @@ class LlamaStep:
         """[product] of the modules' matrices one below the other, or of each by itself."""
         if not self.fuse:
             return [product(m.weight, m.bias, pack=False) for m in modules]
-        weight, bias = torch.cat([m.weight for m in modules]).to(self.dtype), None
-        if modules[0].bias is not None:
-            bias = torch.cat([m.bias for m in modules]).to(self.dtype)
-        return [product(weight, bias, pack=True)]
+        weight, bias = modules[0].weight, modules[0].bias
+        if len(modules) > 1:
+            weight = torch.cat([m.weight for m in modules])
+            bias = None if bias is None else torch.cat([m.bias for m in modules])
+        bias = None if bias is None else bias.to(self.dtype)
+        return [product(weight.to(self.dtype), bias, pack=True)]
 
     @staticmethod
     def apply(x_SD: torch.Tensor, products) -> torch.Tensor:
@@ -592,8 +594,8 @@ def product(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, *, pack: bool)
     """x -> x @ weight.T + bias.
 
     On a CPU in float32, large matrices are multiplied by oneDNN, packed beforehand if the copy may
-    be made.  PyTorch's own choice, MKL, takes two to three times as long for a few rows (measured
-    on AMD's Zen 5).  The entry is one that PyTorch's compiler uses; where it is missing, so be it.
+    be made.  PyTorch's own choice, MKL, takes longer on AMD's Zen 5, above all for a few rows.  The
+    entry is one that PyTorch's compiler uses; where it is missing, so be it.
     """
     suits = weight_ND.device.type == "cpu" and weight_ND.dtype == torch.float32
     if suits and weight_ND.numel() >= LARGE and HAS_ONEDNN:

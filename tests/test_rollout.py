@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -238,6 +239,31 @@ def test_large_matrices_in_float32_go_to_onednn(name, most_copied, monkeypatch):
             assert torch.equal(ours.ids_BT, theirs.ids_BT)
             assert torch.allclose(ours.logp_BT, theirs.logp_BT, atol=1e-4)
             assert torch.allclose(ours.entropy_BT, theirs.entropy_BT, atol=1e-4)
+
+
+def test_our_decoding_step_has_about_half_the_operations(monkeypatch):
+    """As PyTorch dispatches them, for one more token of every row, norms of the keys included."""
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    model, counts = family("qwen3"), {}
+    for own in (True, False):
+        with monkeypatch.context() as patch:
+            if not own:
+                patch.setattr(rollout.LlamaStep, "fits", staticmethod(lambda model: False))
+            for steps in (20, 21):  # the difference is one step
+                with Counter() as counter:
+                    sample(model, eos_ids=[], max_new_tokens=steps)
+                counts[own, steps] = counter.count
+    step = {own: counts[own, 21] - counts[own, 20] for own in (True, False)}
+    with Counter() as around, torch.no_grad():
+        rollout.sample_token(torch.zeros(7, VOCABULARY), 1.0, torch.rand(7).double(), 8)
+    assert step[True] - around.count < 0.55 * (step[False] - around.count)
 
 
 def test_our_decoding_step_in_bfloat16():
