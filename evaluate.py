@@ -16,7 +16,6 @@ normalisation; an installed `math-verify` is asked about the rest, so figures fr
 without it can differ (--out records which).
 """
 
-import argparse
 import atexit
 import contextlib
 import functools
@@ -28,251 +27,21 @@ import operator
 import os
 import platform
 import re
-import socket
 import subprocess
 import sys
 import threading
-import urllib.parse
-import urllib.request
 from fractions import Fraction
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import loading
 import rollout
 import toy
-
-# ------------------------------------------------------------------------- problems and prompts
-
-
-def load_problems(path, *, require_answer=True):
-    """Problems of a JSONL file: [{"messages": [..], "answer": str or None, "where": "path:line"}].
-
-    Blank lines are skipped. ValueError naming file and line for anything else that is no problem.
-    """
-    try:
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read problems: {error.strerror or error}") from error
-    problems = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-                kind = "not UTF-8" if isinstance(error, UnicodeError) else "malformed JSON"
-                raise ValueError(f"{path}:{number}: {kind}: {error}") from error
-            problems.append(_problem(record, f"{path}:{number}", require_answer))
-    if not problems:
-        raise ValueError(f"{path}: no problems in this file")
-    return problems
-
-
-def from_records(records, where, *, require_answer=True):
-    """The same for objects in memory, as `toy.problems(..)` has; errors name "where:1", .. ."""
-    problems = [_problem(r, f"{where}:{i}", require_answer) for i, r in enumerate(records, 1)]
-    if not problems:
-        raise ValueError(f"{where}: no problems")
-    return problems
-
-
-def _problem(record, where, require_answer):
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
-    given = [key for key in ("problem", "prompt", "messages") if key in record]
-    if len(given) != 1:
-        raise ValueError(f'{where}: needs one of "problem", "prompt", "messages"; has {given}')
-    content = record[given[0]]
-    messages = content if given[0] == "messages" else [{"role": "user", "content": content}]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f'{where}: "messages" must be a list of at least one message')
-    for message in messages:
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise ValueError(f'{where}: a message has "role" and "content" and nothing else')
-        if not isinstance(message["role"], str) or not re.fullmatch("[a-z]+", message["role"]):
-            raise ValueError(f"{where}: a role is a lower-case word, not {message['role']!r}")
-        _check_text(message["content"], f'{where}: the content of "{given[0]}"')
-    if messages[-1]["role"] == "assistant":
-        raise ValueError(f"{where}: the last message is the assistant's: nothing to answer")
-    answer = record.get("answer")
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
-        answer = str(answer)
-    if "answer" in record or require_answer:
-        _check_text(answer, f'{where}: "answer"')
-    return {"messages": [dict(m) for m in messages], "answer": answer, "where": where}
-
-
-def _check_text(value, what):
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{what} must be text and not empty, got {value!r:.60}")
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):  # JSON can spell these
-        raise ValueError(f"{what} holds half of a surrogate pair, which is not text")
-
-
-def render_prompts(tokenizer, problems, *, thinking=False):
-    """Token ids of every problem's prompt, up to where the model begins to answer: list of lists.
-
-    Through the tokenizer's chat template, with `enable_thinking=thinking` (templates that know no
-    thinking ignore it). Without a template: the messages' contents joined by blank lines, another
-    blank line, and the tokenizer's own special tokens, but no EOS at the end.
-
-    Raises ValueError, naming the problem, when its text holds a control token (`<|im_end|>` inside
-    a problem would end the user's turn; plain added tokens such as `<think>` pass), cannot be
-    spelled by the tokenizer, is refused by the template, or renders to nothing.
-    """
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    # unk tells unknown text only where it is a token of its own
-    shared = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
-    unknown = None if tokenizer.unk_token_id in shared else tokenizer.unk_token_id
-    prompts = []
-    for problem in problems:
-        where, texts = problem["where"], [m["content"] for m in problem["messages"]]
-        try:
-            # what the tokenizer makes of the bare text decides, not a list of strings
-            inside = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            if tokenizer.chat_template is None:
-                ids = tokenizer("\n\n".join(texts) + "\n\n")["input_ids"]
-                ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-            else:
-                text = tokenizer.apply_chat_template(
-                    problem["messages"],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    enable_thinking=thinking,
-                )
-                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        except Exception as error:  # templates and tokenizers raise what they like
-            raise ValueError(f"{where}: cannot be rendered as a prompt: {_line(error)}") from error
-        found = [i for part in inside for i in part if i in special and i != unknown]
-        if found:
-            token = tokenizer.convert_ids_to_tokens(found[0])
-            raise ValueError(f"{where}: the text contains the control token {token!r}")
-        if not ids:
-            raise ValueError(f"{where}: the prompt renders to no tokens at all")
-        if unknown is not None and any(unknown in part for part in [ids, *inside]):
-            raise ValueError(f"{where}: the tokenizer has no tokens for some of this prompt")
-        prompts.append(list(ids))
-    return prompts
-
-
-def check_fit(config, problems, prompts, max_new_tokens):
-    """ValueError naming the first problem whose prompt + max_new_tokens exceeds the context of a
-    model of that config, or whose ids exceed its vocabulary (model and tokenizer do not match)."""
-    config = config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
-    for problem, prompt in zip(problems, prompts, strict=True):
-        if len(prompt) + max_new_tokens > limit:
-            raise ValueError(
-                f"{problem['where']}: prompt of {len(prompt)} tokens + {max_new_tokens} new tokens "
-                f"(--max-new-tokens) exceed the model's context of {limit}"
-            )
-        if max(prompt) >= config.vocab_size:
-            raise ValueError(
-                f"{problem['where']}: token id {max(prompt)} is outside the model's vocabulary of "
-                f"{config.vocab_size}: tokenizer and model do not belong together"
-            )
-
-
-def stop_ids(*sources):
-    """Sorted ids that end a response, of all the models, configs and tokenizers given.
-
-    Teacher and student may disagree about EOS (base against chat checkpoints); a response that
-    misses one of the ids runs on to the limit. ValueError when no source has any.
-
-    >>> from types import SimpleNamespace as Has
-    >>> stop_ids(Has(eos_token_id=[7, 3]), Has(eos_token_id=None), Has(eos_token_id=3))
-    [3, 7]
-    """
-    found = set()
-    for source in sources:
-        for part in (source, *(getattr(source, k, None) for k in ("config", "generation_config"))):
-            ids = getattr(part, "eos_token_id", None)
-            found.update([ids] if isinstance(ids, int) else ids or [])
-    if not found:
-        raise ValueError("no stop token: neither the models' configs nor the tokenizer has an EOS")
-    return sorted(found)
-
-
-def pad_id(tokenizer):
-    """The pad token's id, else the EOS token's (masks, not ids, tell padding); or ValueError."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return token_id
-    raise ValueError("the tokenizer has neither a pad nor an EOS token")
-
-
-# --------------------------------------------------------------------------------------- models
-
-
-def load_tokenizer(path, *, trust_remote_code=False):
-    """The tokenizer of a local folder or hub name; a one-line ValueError naming it otherwise."""
-    return _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
-
-
-def load_config(path, *, trust_remote_code=False):
-    """The model's config with every dropout at 0: what is sampled must be what is trained."""
-    config = _from_pretrained(AutoConfig, path, trust_remote_code=trust_remote_code)
-    for part in [config, *(getattr(config, name, None) for name in config.sub_configs)]:
-        for name, value in list(vars(part).items() if part is not None else ()):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if number and ("dropout" in name or "layerdrop" in name or name.endswith("pdrop")):
-                setattr(part, name, type(value)(0))
-    return config
-
-
-def load_model(path, *, dtype, device, trust_remote_code=False):
-    """A causal LM of a local folder or hub name, from safetensors, without dropout, in eval mode.
-
-    ValueError, one line that begins with `path`: nothing there, not loadable, offline, or weights
-    missing (which would otherwise be drawn at random with no more than a warning).
-    """
-    options = {"trust_remote_code": trust_remote_code}
-    options |= {"config": load_config(path, **options), "dtype": dtype}
-    options |= {"use_safetensors": True, "output_loading_info": True}
-    model, info = _from_pretrained(AutoModelForCausalLM, path, **options)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}")
-    return model.to(device).eval()
-
-
-def _from_pretrained(loader, path, **options):
-    name, folder, hint = str(path), Path(path).expanduser(), ""
-    if not folder.is_dir():
-        if folder.exists() or name.count("/") > 1 or name[:1] in ("/", ".", "~", ""):
-            raise ValueError(f"{name!r}: no such folder")
-        # without this an offline machine retries for a minute, on stderr, before it gives up
-        options["local_files_only"] = not _online()
-        hint = "no such local folder; on the hub: "
-        if options["local_files_only"]:
-            hint = "no such local folder, not in the cache, and this machine is offline: "
-    try:
-        return loader.from_pretrained(name if hint else str(folder), **options)
-    except Exception as error:
-        what = loader.__name__.removeprefix("Auto")
-        raise ValueError(f"{name}: cannot load {what}: {hint}{_line(error)}") from error
-
-
-def _online():
-    url = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
-    if urllib.request.getproxies():  # a proxy may reach what we cannot: let the hub client try
-        return True
-    try:
-        socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
-        return True
-    except OSError:
-        return False
-
-
-def _line(error):
-    """First line of a message, for errors that come as a wall of text."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
+from loading import number
 
 # -------------------------------------------------------------------------------------- answers
 
@@ -556,43 +325,26 @@ def summarise(records, *, level=0.95, resamples=2000, seed=0):
 # ------------------------------------------------------------------------------------------- CLI
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line on stderr, exit code 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def _at_least(low, kind=int):
-    """An argparse type: a finite number from `low` on."""
-
-    def convert(text):
-        value = kind(text)  # argparse reports a ValueError by this function's name
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {low} and finite, got {text!r}")
-        return value
-
-    convert.__name__ = "whole number" if kind is int else "number"
-    return convert
-
-
 def parse_arguments(argv=None):
     """The command line, checked as far as that goes without opening anything."""
-    parser = _Parser(prog="evaluate.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = loading.Parser(
+        prog="evaluate.py", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     add, dtypes = parser.add_argument, ["float32", "bfloat16", "float16"]
     add("--model", metavar="PATH", help="folder or hub name; default: both models of --toy")
     add("--problems", metavar="FILE", help="JSONL; see the top of this file")
     add("--toy", choices=list(toy.WORLDS), help="a toy world's problems; default horizon")
-    add("--difficulty", type=_at_least(1), help="moves per toy problem (default: the world's)")
-    add("--count", type=_at_least(1), help="toy problems (default 200); with a file: its first N")
-    add("--samples", type=_at_least(1), help="responses per problem (default 4; 1 when greedy)")
-    add("--max-new-tokens", type=_at_least(1), help="default: what the toy task needs, or 4096")
-    add("--temperature", type=_at_least(0, float), default=1.0, help="0 is greedy")
-    add("--batch-size", type=_at_least(1), default=64, help="responses in flight")
-    add("--seed", type=_at_least(0), default=0, help="of the sampling; problems stay the same")
+    add("--difficulty", type=number(int, 1), help="moves per toy problem (default: the world's)")
+    add("--count", type=number(int, 1), help="toy problems (default 200); with a file: its first N")
+    add("--samples", type=number(int, 1), help="responses per problem (default 4; 1 when greedy)")
+    add("--max-new-tokens", type=number(int, 1), help="default: what the toy task needs, or 4096")
+    add("--temperature", type=number(float, 0), default=1.0, help="0 is greedy")
+    add("--batch-size", type=number(int, 1), default=64, help="responses in flight")
+    add("--seed", type=number(int, 0), default=0, help="of the sampling; problems stay the same")
     add("--thinking", action="store_true", help="render prompts in the template's thinking mode")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=dtypes, help="default float32 on a CPU, else bfloat16")
-    add("--threads", type=_at_least(1), help="CPU threads; one is best for toy models")
+    add("--threads", type=number(int, 1), help="CPU threads; one is best for toy models")
     add("--trust-remote-code", action="store_true")
     add("--out", metavar="FILE", help="JSON with everything; must not exist")
     args = parser.parse_args(argv)
@@ -630,22 +382,22 @@ def _prepare(args):
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"--device {args.device}: {_line(error)}") from error
+        raise ValueError(f"--device {args.device}: {loading.first_line(error)}") from error
     if args.problems:
-        problems = load_problems(args.problems)[: args.count]
+        problems = loading.load_problems(args.problems)[: args.count]
     else:
         records = toy.problems(args.count, moves=args.difficulty, split="test")
-        problems = from_records(records, f"toy {args.toy}")
+        problems = loading.from_records(records, f"toy {args.toy}")
     world = None if args.model else toy.world(args.toy)
     paths = {"student": world.student, "teacher": world.teacher} if world else {"model": args.model}
     models, trust = {}, {"trust_remote_code": args.trust_remote_code}
     for name, path in paths.items():
         if world:
             toy.require(path)  # not all come with the repository
-        tokenizer = load_tokenizer(path, **trust)
-        prompts = render_prompts(tokenizer, problems, thinking=args.thinking)
-        config = load_config(path, **trust)
-        check_fit(config, problems, prompts, args.max_new_tokens)
+        tokenizer = loading.load_tokenizer(path, **trust)
+        prompts = loading.render_prompts(tokenizer, problems, thinking=args.thinking)
+        config = loading.load_config(path, **trust)
+        loading.check_fit(config, problems, prompts, args.max_new_tokens)
         vocab_size = min(len(tokenizer), config.get_text_config(decoder=True).vocab_size)
         models[name] = path, tokenizer, prompts, vocab_size
     return problems, models
@@ -664,8 +416,10 @@ def run(args):
     trust = {"trust_remote_code": args.trust_remote_code}
     print("model    mean@n           95%  pass@n  truncated  unparseable  tokens")
     for name, (path, tokenizer, prompts, vocab_size) in models.items():
-        model = load_model(path, dtype=getattr(torch, args.dtype), device=args.device, **trust)
-        options |= {"stop_ids": stop_ids(model, tokenizer), "pad_id": pad_id(tokenizer)}
+        dtype = getattr(torch, args.dtype)
+        model = loading.load_model(path, dtype=dtype, device=args.device, **trust)
+        options["stop_ids"] = loading.stop_ids(model, tokenizer)
+        options["pad_id"] = loading.pad_id(tokenizer)
         options |= {"generator": torch.Generator().manual_seed(args.seed)}
         options["vocab_size"] = vocab_size
         records = sample_answers(model, tokenizer, problems, prompts, **options)
@@ -694,7 +448,7 @@ def main(argv=None):
     try:
         result = run(args)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"evaluate.py: error: {_line(error)}", file=sys.stderr)
+        print(f"evaluate.py: error: {loading.first_line(error)}", file=sys.stderr)
         return 2
     print(json.dumps({name: part["summary"] for name, part in result["models"].items()}))
     return 0

@@ -30,14 +30,12 @@ Letters: B rows of this process, T tokens, K candidates, U tokens of a union of 
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import os
 import platform
 import random
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -53,239 +51,14 @@ from tqdm import tqdm
 
 import controls
 import evaluate
+import flags
 import grading
 import lgr
+import loading
 import logprobs
 import rollout
 import teachability
 import toy
-
-
-# ------------------------------------------------------------------------------- methods, flags
-@dataclass(frozen=True)
-class Method:
-    """What a `--method` name stands for; every field has a flag that overrides it.
-
-    objective  pg: policy gradient on the sampled token; topk: reverse KL over the top tokens of
-               both models; rkl, fkl, jsd: exact divergences over the whole vocabulary
-    mask       none: supervise every response token; release: up to the release point; prefix,
-               shuffled, random, std: as many tokens as release would, elsewhere
-    lookahead  on: add the Lookahead Group Reward
-    """
-
-    objective: str = "pg"
-    mask: str = "none"
-    lookahead: str = "off"
-
-
-OBJECTIVES = ("pg", "topk", *logprobs.DIVERGENCES)
-MASKS = ("none", "release", *controls.CONTROLS)
-METHODS = {
-    "opd": Method(),
-    "release": Method(mask="release"),
-    "lgr": Method(lookahead="on"),
-    "lgr_topk": Method(objective="topk", lookahead="on"),
-    "release+lgr": Method(mask="release", lookahead="on"),
-    "prefix": Method(mask="prefix"),
-    "shuffled": Method(mask="shuffled"),
-    "random": Method(mask="random"),
-    "std": Method(mask="std"),
-    "rkl": Method(objective="rkl"),
-    "fkl": Method(objective="fkl"),
-    "jsd": Method(objective="jsd"),
-}
-
-BIG, TINY = 1e18, 1e-30  # "finite" and "positive"
-DTYPES = ["float32", "bfloat16"]
-
-
-def number(kind: type, low: float, high: float):
-    """An argparse type: an int or float in [low, high]; nan and inf are in none."""
-
-    def convert(text: str):
-        value = kind(text)
-        if not low <= value <= high:
-            least = "positive" if low == TINY else f"at least {low}"
-            bounds = least if high == BIG else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
-        return value
-
-    convert.__name__ = "whole number" if kind is int else "number"
-    return convert
-
-
-# Flag, default, help with the unit, limits or choices.  Of a default in two parts the first is for
-# the toy student, the second for any other: where the papers give settings, theirs.
-FLAGS = {
-    "what to run": [
-        ("--method", "release", "preset", {"choices": list(METHODS)}),
-        ("--objective", None, "overrides the preset", {"choices": [*OBJECTIVES]}),
-        ("--mask", None, "overrides the preset", {"choices": [*MASKS]}),
-        ("--lookahead", None, "overrides the preset", {"choices": ["on", "off"]}),
-        ("--out", None, "run folder (default runs/<method>-seed<seed>)", {"metavar": "FOLDER"}),
-        ("--seed", 0, "of data order and sampling", {"high": 2**31}),
-        ("--steps", (30, 100), "batches of rollouts", {"low": 1}),
-    ],
-    "models and problems": [
-        ("--toy", "horizon", "world for what the next three leave out", {"choices": [*toy.WORLDS]}),
-        ("--student", None, "model folder or hub name", {"metavar": "MODEL"}),
-        ("--teacher", None, "model folder or hub name", {"metavar": "MODEL"}),
-        ("--problems", None, "JSONL with problem, prompt or messages", {"metavar": "FILE"}),
-        ("--difficulty", None, "moves per toy problem (default what the world is made for)",
-         {"type": number(int, 1, toy.MAX_MOVES), "metavar": "N"}),
-        ("--trust-remote-code", False, "run code that comes with a model", {}),
-        ("--thinking", False, "render prompts in thinking mode", {}),
-    ],
-    "sampling": [
-        ("--prompts-per-step", (64, 128), "prompts per step, over all processes", {"low": 1}),
-        ("--rollouts-per-prompt", 1, "responses to each", {"low": 1}),
-        ("--max-new-tokens", None, "longest response (default what toy problems need, else 8192)",
-         {"type": number(int, 1, BIG), "metavar": "N"}),
-        ("--temperature", 1.0, "of sampling; the student is scored at the same one", {"low": TINY}),
-        ("--sample-batch", 256, "most rollouts in flight, per process", {"low": 1}),
-    ],
-    "release rule": [
-        ("--margin-top-k", 4, "student candidates that the margin looks at, tokens", {"low": 2}),
-        ("--margin", "logprob", "difference in what", {"choices": ["logprob", "prob"]}),
-        ("--margin-min-entropy", 0.0, "average only tokens above this student entropy, nats", {}),
-        ("--min-segments", 2, "sentences that each side of the change point needs", {"low": 1}),
-        ("--bic-eps", 1e-12, "floor of the residual sum of squares", {"low": TINY}),
-        ("--rescale", "batch", "scope in which the kept tokens get the loss mass of the whole",
-         {"choices": ["batch", "sequence", "none"]}),
-        ("--splitter", "auto", "NLTK's pretrained English Punkt, or an untrained one",
-         {"choices": ["auto", "pretrained", "untrained"]}),
-        ("--sentence-workers", (1, 4), "processes that split sentences while the teacher computes, "
-         "per process; 0: none", {}),
-        ("--budget", "release", "of masks prefix, shuffled, random, std: as many tokens of every "
-         "batch as the release rule keeps; own (std): as many as its own change point keeps",
-         {"choices": ["release", "own"]}),
-        ("--prefix-tokens", 0, "of mask prefix: supervise so many tokens of every response, "
-         "whatever the release rule would keep; 0: off", {}),
-    ],
-    "lookahead": [
-        ("--lgr-gamma", 1.0, "weight of the group reward", {}),
-        ("--lgr-tau", 0.2, "look ahead above this student entropy, nats", {}),
-        ("--lgr-top-k", 8, "student candidates in a group, tokens", {"low": 2}),
-        ("--lgr-signal", "max_prob", "the teacher's confidence", {"choices": [*lgr.SIGNALS]}),
-        ("--lgr-normalize", "std", "divide by the group's deviation, or only subtract its mean",
-         {"choices": ["std", "mean"]}),
-        ("--lgr-eps", 1e-6, "added to that deviation", {}),
-        ("--lgr-nodes", 4096, "candidates per forward pass: bounds memory", {"low": 1}),
-        ("--union-top-k", 20, "of objective topk: tokens from each model", {"low": 1}),
-        ("--jsd-beta", 0.5, "of objective jsd: weight of KL(teacher || mixture)",
-         {"low": 1e-6, "high": 1 - 1e-6}),
-    ],
-    "optimisation": [
-        ("--lr", (1e-3, 1e-5), "AdamW, constant", {"low": TINY}),
-        ("--warmup-steps", (5, 0), "linear, updates", {}),
-        ("--weight-decay", (0.01, 0.1), "of matrices", {}),
-        ("--beta1", 0.9, "AdamW", {"high": 0.999999}),
-        ("--beta2", (0.95, 0.98), "AdamW", {"high": 0.999999}),
-        ("--clip-grad", 1.0, "largest gradient norm; 0: off", {}),
-        ("--advantage-clip", (10.0, 0.0), "largest |log p_T - log p_S| in A_t, nats; 0: off", {}),
-        ("--updates-per-rollout", 1, "above 1: PPO's clipped ratio", {"low": 1}),
-        ("--clip-low", 0.2, "ratio at least 1 - this", {"high": 1}),
-        ("--clip-high", 0.28, "ratio at most 1 + this", {}),
-        ("--micro-batch", (64, 0), "most rows per forward pass; 0: any number", {}),
-        ("--tokens-per-micro-batch", (16384, 32768), "most tokens per forward pass, padding "
-         "included: bounds memory; a longer row goes alone; 0: any number", {}),
-        ("--gradient-checkpointing", False, "less memory, one more forward", {}),
-    ],
-    "evaluation and machine": [
-        ("--eval-every", (10, 0), "steps between evaluations; 0: only first and last", {}),
-        ("--eval-problems", None, "JSONL with answers; toys have theirs", {"metavar": "FILE"}),
-        ("--ood-problems", None, "JSONL with answers of another kind, evaluated first and last, to "
-         "notice forgetting; toys have theirs", {"metavar": "FILE"}),
-        ("--eval-count", 200, "problems", {"low": 1}),
-        ("--eval-samples", 4, "answers per problem", {"low": 1}),
-        ("--device", None, "(default cuda where there is one)", {"choices": ["cpu", "cuda"]}),
-        ("--dtype", None, "of matrix products (default bfloat16 for real students on cuda, else "
-         "float32)", {"choices": DTYPES}),
-        ("--save-dtype", ("float32", "bfloat16"), "of the saved student", {"choices": DTYPES}),
-        ("--threads", (1, 0), "CPU threads per process; 0: PyTorch's choice", {}),
-    ],
-}  # fmt: skip
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, printed once however many processes run."""
-
-    def error(self, message: str):
-        """Print the message on rank 0 and leave with exit code 2."""
-        if os.environ.get("RANK", "0") == "0":
-            line = " ".join(message.split())
-            print(f"{self.prog}: error: {line}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-def make_parser() -> Parser:
-    """FLAGS for argparse; defaults of two parts stay None until `parse` knows the student."""
-    parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for flag, default, text, options in flags:
-            options = dict(options)
-            low, high = options.pop("low", 0), options.pop("high", BIG)
-            real = default[1] if isinstance(default, tuple) else default
-            if real is False:
-                options["action"] = "store_true"
-            elif isinstance(real, int | float):
-                options |= {"type": number(type(real), low, high), "metavar": "N"}
-            if isinstance(default, tuple):
-                text += f" (default {default[0]} | with --student {default[1]})"
-                default = None
-            elif default is not None and default is not False:
-                text += f" (default {default})"
-            group.add_argument(flag, default=default, help=text, **options)
-    return parser
-
-
-def parse(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
-    """Parse, then fill in what the preset and the kind of student decide; exit 2 on bad flags."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    for name, value in dataclasses.asdict(METHODS[args.method]).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.difficulty = args.difficulty or toy.world(args.toy).moves
-    limit = toy.response_limit(args.difficulty) if args.problems is None else 8192
-    args.max_new_tokens = args.max_new_tokens or limit
-    for flag, default, *_ in sum(FLAGS.values(), []):
-        name = flag[2:].replace("-", "_")
-        if isinstance(default, tuple) and getattr(args, name) is None:
-            setattr(args, name, default[args.student is not None])
-    args.out = args.out or f"runs/{args.method}-seed{args.seed}"
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    real_on_gpu = args.device == "cuda" and args.student is not None
-    args.dtype = args.dtype or ("bfloat16" if real_on_gpu else "float32")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU here")
-    check_combination(parser, args)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.prompts_per_step * args.rollouts_per_prompt < world:
-        parser.error(f"--prompts-per-step {args.prompts_per_step} is less than {world} processes")
-    return parser, args
-
-
-def check_combination(parser: Parser, args: argparse.Namespace) -> None:
-    """Exit 2 on flags that are fine alone and make no sense together."""
-    lookahead = args.lookahead == "on"
-    if args.objective == "topk" and lookahead and args.lgr_top_k > args.union_top_k:
-        parser.error(
-            f"--lgr-top-k {args.lgr_top_k} exceeds --union-top-k {args.union_top_k}: the union "
-            "must hold the group"
-        )
-    if args.objective in logprobs.DIVERGENCES and lookahead:
-        parser.error(
-            f"--objective {args.objective} has no place for the reward of --lookahead on; "
-            "pg and topk have"
-        )
-    if args.prefix_tokens and args.mask != "prefix":
-        parser.error(f"--prefix-tokens {args.prefix_tokens} needs --mask prefix, not {args.mask}")
-    if args.budget == "own" and args.mask != "std":
-        parser.error(f"--budget own needs --mask std, not {args.mask}")
-    if args.ood_problems and args.problems and not args.eval_problems:
-        parser.error(f"--ood-problems {args.ood_problems} needs --eval-problems")
 
 
 # --------------------------------------------------------------------- which rows, which numbers
@@ -758,42 +531,22 @@ EVALUATION_STREAM, CONTROL_STREAM = 2**23, 2**22
 
 
 # ------------------------------------------------------------------------------------------ set-up
-def common_vocabulary(student_tokenizer, teacher_tokenizer) -> int:
-    """Number of leading ids that mean the same token to both.
-
-    Raises:
-        ValueError: an id below the shorter tokenizer's length stands for different tokens.
-    """
-    names = [
-        {i: token for token, i in tokenizer.get_vocab().items()}
-        for tokenizer in (student_tokenizer, teacher_tokenizer)
-    ]
-    size = min(max(by_id) + 1 for by_id in names)
-    wrong = [i for i in range(size) if names[0].get(i) != names[1].get(i)]
-    if wrong:
-        i = wrong[0]
-        raise ValueError(
-            f"--teacher has another tokenizer than --student: {len(wrong)} of {size} ids differ, "
-            f"the first is {i}, student's {names[0].get(i)!r}, teacher's {names[1].get(i)!r}"
-        )
-    return size
-
 
 def load_prompts(args, tokenizer, path: str | None, split: str, task="dial") -> tuple[list, list]:
     """Problems of a file or of the toy world, and their prompts in the student's template, which
     the teacher reads too: two templates would be two prompts."""
     if path is not None:
-        problems = evaluate.load_problems(path, require_answer=split == "test")
+        problems = loading.load_problems(path, require_answer=split == "test")
     else:
         count = args.eval_count if split == "test" else 4096
         seed = 0 if split == "test" else args.seed
-        problems = evaluate.from_records(
+        problems = loading.from_records(
             toy.problems(count, moves=args.difficulty, split=split, seed=seed, task=task),
             where="toy",
         )
     if split == "test":
         problems = problems[: args.eval_count]
-    return problems, evaluate.render_prompts(tokenizer, problems, thinking=args.thinking)
+    return problems, loading.render_prompts(tokenizer, problems, thinking=args.thinking)
 
 
 def prepare(args, rank: int, world: int) -> Run:
@@ -801,12 +554,12 @@ def prepare(args, rank: int, world: int) -> Run:
     paths = student_and_teacher(args)
     tokenizers, configs = {}, {}
     for flag, path in paths.items():
-        tokenizers[flag] = evaluate.load_tokenizer(path, trust_remote_code=args.trust_remote_code)
-        config = evaluate.load_config(path, trust_remote_code=args.trust_remote_code)
+        tokenizers[flag] = loading.load_tokenizer(path, trust_remote_code=args.trust_remote_code)
+        config = loading.load_config(path, trust_remote_code=args.trust_remote_code)
         configs[flag] = config.get_text_config(decoder=True)
     tokenizer = tokenizers["--student"]
     vocab_size = min(
-        common_vocabulary(*tokenizers.values()), *(c.vocab_size for c in configs.values())
+        loading.common_vocabulary(*tokenizers.values()), *(c.vocab_size for c in configs.values())
     )
     for flag, count in candidates_needed(args).items():
         if count > vocab_size:
@@ -829,7 +582,7 @@ def prepare(args, rank: int, world: int) -> Run:
                 f"is not among the {vocab_size} tokens that --student and --teacher share"
             )
     for config in configs.values():
-        evaluate.check_fit(config, all_problems, all_prompts, args.max_new_tokens)
+        loading.check_fit(config, all_problems, all_prompts, args.max_new_tokens)
     splitter, splitter_name, sentences = None, None, None
     if grading.signals(args):
         try:
@@ -840,7 +593,7 @@ def prepare(args, rank: int, world: int) -> Run:
     return Run(
         args=args, rank=rank, world=world, tokenizer=tokenizer, splitter=splitter,
         splitter_name=splitter_name, sentences=sentences, vocab_size=vocab_size,
-        pad_id=evaluate.pad_id(tokenizer), prompts=prompts, eval_problems=eval_problems,
+        pad_id=loading.pad_id(tokenizer), prompts=prompts, eval_problems=eval_problems,
         eval_prompts=eval_prompts, ood_problems=ood_problems, ood_prompts=ood_prompts,
     )
 
@@ -914,10 +667,10 @@ def load_models(run: Run, device: torch.device) -> None:
     for flag, path in student_and_teacher(args).items():
         is_student = flag == "--student"
         dtype = torch.float32 if is_student else getattr(torch, args.dtype)
-        model = evaluate.load_model(
+        model = loading.load_model(
             path, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code
         )
-        check_head(flag, model, run.prompts[0][:8])
+        loading.check_head(flag, model, run.prompts[0][:8])
         if is_student:
             run.model = model.train()  # dropout is 0; checkpointing works in training mode only
         else:
@@ -926,7 +679,7 @@ def load_models(run: Run, device: torch.device) -> None:
                 longest = max(map(len, run.prompts)) + args.max_new_tokens
                 lgr.check_model(model, longest)
                 lgr.self_check(model)
-    run.stop_ids = evaluate.stop_ids(run.model, run.teacher, run.tokenizer)
+    run.stop_ids = loading.stop_ids(run.model, run.teacher, run.tokenizer)
     if args.gradient_checkpointing:
         run.model.gradient_checkpointing_enable({"use_reentrant": False})
     student = StudentLogProbs(run.model, run.vocab_size, args.temperature)
@@ -947,19 +700,6 @@ def load_models(run: Run, device: torch.device) -> None:
         run.optimizer, lambda done: min(1.0, (done + 1) / max(args.warmup_steps, 1))
     )
 
-
-@torch.no_grad()
-def check_head(flag: str, model, prompt: list[int]) -> None:
-    """The chunked head computes hidden @ weight.T; refuse a model whose head does more."""
-    ids_BT = torch.tensor([prompt], device=model.device)
-    head = model.get_output_embeddings()
-    ours = model.base_model(input_ids=ids_BT, use_cache=False)[0] @ head.weight.T
-    theirs = model(input_ids=ids_BT, use_cache=False).logits
-    if (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
-        raise ValueError(
-            f"{flag} {type(model).__name__}: its logits are not hidden states times a matrix (a "
-            "bias, a soft cap or a scale); not supported"
-        )
 
 
 def start_processes(args, world: int) -> torch.device:
@@ -1008,7 +748,7 @@ def save_student(run: Run, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Check everything, then load, train, save and say what came of it."""
-    parser, args = parse(argv)
+    parser, args = flags.parse(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.threads:
@@ -1028,7 +768,7 @@ def main(argv: list[str] | None = None) -> None:
             run.sentences.close()
 
 
-def train_and_save(run: Run, out: Path, parser: Parser) -> None:
+def train_and_save(run: Run, out: Path, parser: loading.Parser) -> None:
     """`main` from the weights on."""
     args, rank = run.args, run.rank
     try:

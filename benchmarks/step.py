@@ -70,6 +70,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import flags as training_flags  # noqa: E402
 import lgr  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
@@ -217,9 +218,9 @@ def machine_flags(args) -> list[str]:
     return ["--device", args.device, "--dtype", args.dtype, "--threads", str(args.threads)]
 
 
-def our_run(flags: list[str]) -> train.Run:
+def our_run(argv: list[str]) -> train.Run:
     """Everything that `train.py` has in hand before its first step."""
-    _, args = train.parse(flags)
+    _, args = training_flags.parse(argv)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     run = train.prepare(args, rank=0, world=1)
     train.load_models(run, torch.device(args.device))

@@ -63,3 +63,15 @@ def write_model(folder, *, seed=0, vocab_size=None, chat_template=True, tokenize
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A model folder that `loading` reads: any text can be spelled, and the config has dropout."""
+    from test_loading import byte_tokenizer, tiny_model
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = byte_tokenizer()
+    tiny_model(tokenizer, attention_dropout=0.5).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

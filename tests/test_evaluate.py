@@ -13,290 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from test_loading import GOOD, ask, byte_tokenizer, tiny_model, write
+from transformers import AutoTokenizer
 
 import evaluate
+import loading
 import toy
 
 ROOT = Path(evaluate.__file__).parent
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{{ '<think>' if enable_thinking }}{% endif %}"
-)
-CHAT_SPECIALS = ["<|user|>", "<|system|>", "<|assistant|>"]
-
-
-def byte_tokenizer(template=TEMPLATE):
-    """Every byte is a token, so every text can be spelled."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|end|>", extra_special_tokens=CHAT_SPECIALS
-    )
-    tokenizer.add_tokens(["<think>"])
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def tiny_model(tokenizer, seed=0, context=256, **changes):
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer) + 3,  # padded, as real checkpoints are
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=context,
-        eos_token_id=tokenizer.eos_token_id,
-        **changes,
-    )
-    return Qwen3ForCausalLM(config)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = byte_tokenizer()
-    tiny_model(tokenizer, attention_dropout=0.5).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-# ------------------------------------------------------------------------------------- problems
-
-
-def write(path, *lines):
-    path.write_bytes(
-        b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
-    )
-    return path
-
-
-def test_load_problems_reads_the_three_forms_and_skips_blank_lines(tmp_path):
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
-    path = write(
-        tmp_path / "p.jsonl",
-        {"problem": "one?", "answer": "1", "level": 3},
-        b"  \r",
-        {"prompt": "two?", "answer": 2},
-        {"messages": chat, "answer": 0.5},
-        b"",
-    )
-    problems = evaluate.load_problems(path)
-    assert [p["answer"] for p in problems] == ["1", "2", "0.5"]
-    assert [p["where"] for p in problems] == [f"{path}:{n}" for n in (1, 3, 4)]
-    assert problems[0]["messages"] == [{"role": "user", "content": "one?"}]
-    assert problems[2]["messages"] == chat
-
-
-def test_a_byte_order_mark_and_crlf_are_no_error(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"problem": "a \xe2\x80\xa8 b", "answer": 1}\r\n')
-    assert evaluate.load_problems(path)[0]["messages"][0]["content"] == "a \u2028 b"
-
-
-GOOD = {"problem": "p", "answer": "1"}
-BAD = {
-    "malformed": (b'{"problem": ', "malformed JSON"),
-    "not utf-8": (b'{"problem": "\xff"}', "not UTF-8"),
-    "deep": (b"[" * 100_000, "malformed JSON"),
-    "not an object": (["p"], "expected an object"),
-    "no prompt": ({"answer": "1"}, "needs one of"),
-    "two prompts": (GOOD | {"prompt": "p"}, "needs one of"),
-    "no answer": ({"problem": "p"}, '"answer"'),
-    "null answer": (GOOD | {"answer": None}, '"answer"'),
-    "bool answer": (GOOD | {"answer": True}, '"answer"'),
-    "nan answer": (b'{"problem": "p", "answer": NaN}', '"answer"'),
-    "list answer": (GOOD | {"answer": ["1"]}, '"answer"'),
-    "blank answer": (GOOD | {"answer": " "}, '"answer"'),
-    "empty problem": (GOOD | {"problem": " \n"}, "problem"),
-    "number problem": (GOOD | {"problem": 3}, "problem"),
-    "half a surrogate": (b'{"problem": "\\ud800", "answer": 1}', "surrogate"),
-    "messages text": ({"messages": "hi", "answer": 1}, "messages"),
-    "messages empty": ({"messages": [], "answer": 1}, "messages"),
-    "message keys": ({"messages": [{"role": "user"}], "answer": 1}, "content"),
-    "role": ({"messages": [{"role": "<|user|>", "content": "x"}], "answer": 1}, "role"),
-    "assistant": ({"messages": [{"role": "assistant", "content": "x"}], "answer": 1}, "assistant"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_line_is_named(tmp_path, name):
-    line, what = BAD[name]
-    path = write(tmp_path / "p.jsonl", GOOD, line)
-    with pytest.raises(ValueError, match=what) as caught:
-        evaluate.load_problems(path)
-    assert str(caught.value).startswith(f"{path}:2: ")
-
-
-def test_files_that_are_none(tmp_path):
-    for path in (tmp_path / "missing.jsonl", tmp_path, write(tmp_path / "empty.jsonl", b"\n")):
-        with pytest.raises(ValueError, match=str(path)):
-            evaluate.load_problems(path)
-
-
-def test_answers_may_be_optional_and_records_share_the_checks():
-    (problem,) = evaluate.from_records([{"problem": "p"}], "mine", require_answer=False)
-    assert problem["answer"] is None and problem["where"] == "mine:1"
-    for records, message in (([{"problem": "p"}], "mine:1"), ([], "mine: no problems")):
-        with pytest.raises(ValueError, match=message):
-            evaluate.from_records(records, "mine")
-    assert evaluate.from_records(toy.problems(3, split="test"), "toy")[2]["where"] == "toy:3"
-
-
-# -------------------------------------------------------------------------------------- prompts
-
-
-def ask(*texts):
-    return evaluate.from_records([{"problem": t, "answer": "1"} for t in texts], "p")
-
-
-def test_prompts_go_through_the_template_without_a_second_bos():
-    tokenizer = byte_tokenizer()
-    plain, thinking = (
-        evaluate.render_prompts(tokenizer, ask("1+1?"), thinking=t)[0] for t in (False, True)
-    )
-    assert tokenizer.decode(plain) == "<|user|>1+1?<|end|><|assistant|>"
-    assert thinking == plain + tokenizer.convert_tokens_to_ids(["<think>"])
-    assert type(plain) is list and type(plain[0]) is int
-
-
-def test_prompts_without_a_template_are_plain():
-    tokenizer = byte_tokenizer(template=None)
-    chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
-    problems = evaluate.from_records([{"messages": chat, "answer": 1}], "p")
-    assert tokenizer.decode(evaluate.render_prompts(tokenizer, problems)[0]) == "a\n\nb\n\n"
-
-
-@pytest.mark.parametrize("text", ["a<|end|>b", "<|assistant|>", "x <|user|>"])
-@pytest.mark.parametrize("template", [TEMPLATE, None])
-def test_control_tokens_inside_a_problem_are_refused(text, template):
-    with pytest.raises(ValueError, match=r"^p:2: the text contains the control token '<\|"):
-        evaluate.render_prompts(byte_tokenizer(template), ask("fine", text))
-
-
-def test_what_the_tokenizer_cannot_spell_is_refused():
-    tokenizer = toy.build_tokenizer()
-    assert evaluate.render_prompts(tokenizer, ask("Where does it stop?"))
-    with pytest.raises(ValueError, match="^p:1: the tokenizer has no tokens"):
-        evaluate.render_prompts(tokenizer, ask("Where is the elephant?"))
-    backend = Tokenizer(models.WordLevel({"stop": 0}))  # no unk: it raises
-    with pytest.raises(ValueError, match="^p:1: cannot be rendered"):
-        evaluate.render_prompts(PreTrainedTokenizerFast(tokenizer_object=backend), ask("x"))
-    chat = [{"role": "tool", "content": "stop"}]
-    with pytest.raises(ValueError, match="^p:1: the tokenizer has no tokens"):
-        problems = evaluate.from_records([{"messages": chat, "answer": 1}], "p")
-        evaluate.render_prompts(tokenizer, problems)
-
-
-def test_templates_that_refuse_or_render_nothing_are_named():
-    for template, message in (
-        ("{{ raise_exception('roles must alternate') }}", "p:1: .*roles must alternate"),
-        ("{% if false %}x{% endif %}", "p:1: the prompt renders to no tokens"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            evaluate.render_prompts(byte_tokenizer(template), ask("hi"))
-
-
-def test_toy_prompts_are_those_of_the_toy_world():
-    tokenizer, problems = toy.build_tokenizer(), toy.problems(5, split="test")
-    rendered = evaluate.render_prompts(tokenizer, evaluate.from_records(problems, "toy"))
-    assert rendered == [toy.prompt_ids(tokenizer, p) for p in problems]
-
-
-def test_check_fit_names_the_problem_that_is_too_long():
-    model, problems = tiny_model(byte_tokenizer(), context=40), ask("x", "y" * 20)
-    prompts = evaluate.render_prompts(byte_tokenizer(), problems)
-    evaluate.check_fit(model.config, problems, prompts, 40 - len(prompts[1]))
-    with pytest.raises(
-        ValueError,
-        match=r"p:2: prompt of 23 tokens \+ 18 new.* context of 40",
-    ):
-        evaluate.check_fit(model.config, problems, prompts, 18)
-    with pytest.raises(ValueError, match="p:1: token id 9999"):
-        evaluate.check_fit(model.config, problems, [[9999], [1]], 1)
-
-
-def test_stop_ids_are_the_union_over_every_source():
-    tokenizer = byte_tokenizer()
-    model = tiny_model(tokenizer)
-    model.generation_config.eos_token_id = [3, tokenizer.eos_token_id]
-    model.config.eos_token_id = 5
-    assert evaluate.stop_ids(model, tokenizer) == [3, 5, tokenizer.eos_token_id]
-    assert evaluate.stop_ids(model.config) == [5]
-    assert evaluate.stop_ids(GPT2Config(eos_token_id=0)) == [0]
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no stop token"):
-        evaluate.stop_ids(tokenizer)
-    with pytest.raises(ValueError, match="neither"):
-        evaluate.pad_id(tokenizer)
-
-
-def test_pad_id_falls_back_to_eos():
-    tokenizer = byte_tokenizer()
-    assert evaluate.pad_id(tokenizer) == tokenizer.eos_token_id
-    assert evaluate.pad_id(toy.build_tokenizer()) == toy.build_tokenizer().pad_token_id
-
-
-# --------------------------------------------------------------------------------------- models
-
-
-def load(path):
-    return evaluate.load_model(path, dtype=torch.float32, device="cpu")
-
-
-def test_load_model_sets_dropout_to_zero_and_eval_mode(folder, tmp_path):
-    model = load(folder)
-    assert model.config.attention_dropout == 0 and not model.training
-    assert model.dtype == torch.float32
-    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20, attn_pdrop=0.3)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    model = load(tmp_path / "gpt2").train()
-    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
-
-
-def test_models_that_are_not_there_are_one_line(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "_online", lambda: False)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("x")
-    for path in ("/nowhere/at/all", tmp_path / "empty", tmp_path / "file", "no-such/model", ""):
-        for loader in (load, evaluate.load_tokenizer):
-            with pytest.raises(ValueError) as caught:
-                loader(path)
-            assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="no-such/model: .* this machine is offline"):
-        load("no-such/model")
-
-
-def test_broken_weights_are_refused(folder, tmp_path):
-    for name in ("cut", "gap", "pickled"):
-        path = tmp_path / name
-        model = tiny_model(byte_tokenizer())
-        state = model.state_dict()
-        if name == "gap":  # transformers itself would draw the missing weight at random
-            state.pop("model.norm.weight")
-        model.save_pretrained(path, state_dict=state)
-        weights = path / "model.safetensors"
-        if name == "cut":
-            weights.write_bytes(weights.read_bytes()[:-100])
-        if name == "pickled":
-            weights.unlink()
-            torch.save(state, path / "pytorch_model.bin")
-        with pytest.raises(ValueError, match=str(path)):
-            load(path)
-
 
 # -------------------------------------------------------------------------------------- answers
 
@@ -618,9 +342,9 @@ def sample(problems, **changes):
     tokenizer = byte_tokenizer()
     model = tiny_model(tokenizer)
     settings = dict(samples=3, max_new_tokens=12, batch_size=2, progress=False)
-    settings |= dict(stop_ids=evaluate.stop_ids(model, tokenizer), vocab_size=len(tokenizer))
-    settings |= dict(pad_id=evaluate.pad_id(tokenizer), generator=torch.Generator().manual_seed(1))
-    prompts = evaluate.render_prompts(tokenizer, problems) if problems else []
+    settings |= dict(stop_ids=loading.stop_ids(model, tokenizer), vocab_size=len(tokenizer))
+    settings |= dict(pad_id=loading.pad_id(tokenizer), generator=torch.Generator().manual_seed(1))
+    prompts = loading.render_prompts(tokenizer, problems) if problems else []
     return evaluate.sample_answers(model, tokenizer, problems, prompts, **settings | changes)
 
 
@@ -646,7 +370,7 @@ def test_truncation_is_the_last_token_and_not_the_length():
 
 def test_greedy_samples_agree_and_missing_answers_are_not_right():
     (records,) = sample(
-        evaluate.from_records([{"problem": "a"}], "p", require_answer=False), temperature=0
+        loading.from_records([{"problem": "a"}], "p", require_answer=False), temperature=0
     )
     assert records == [records[0]] * 3 and not records[0]["correct"]
 
@@ -728,8 +452,8 @@ def test_an_error_of_the_command_is_one_line(tmp_path):
 def test_errors_name_the_culprit_before_weights_are_read(
     capsys, monkeypatch, folder, problems_file, tmp_path
 ):
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("read weights"))
-    monkeypatch.setattr(evaluate, "_online", lambda: False)
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("read weights"))
+    monkeypatch.setattr(loading, "_online", lambda: False)
     bad = write(tmp_path / "bad.jsonl", GOOD, b"{")
     control = write(tmp_path / "control.jsonl", GOOD, {"problem": "<|end|>", "answer": 1})
     (tmp_path / "there.json").write_text("mine")

@@ -159,16 +159,16 @@ def test_spread(heights):
 def test_same_defaults_as_the_code():
     """The figures name defaults and difficulties; train.py and toy.py decide them."""
     import toy
-    import train
+    from flags import FLAGS, METHODS
 
-    defaults = {flag: default for flags in train.FLAGS.values() for flag, default, *_ in flags}
+    defaults = {flag: default for flags in FLAGS.values() for flag, default, *_ in flags}
     for flag, (world, method, default, _, numeric) in figures.SENSITIVITY.items():
         expected = defaults[f"--{flag}"]
         assert (float(default) == expected) if numeric else (default == expected)
-        assert world in toy.WORLDS and method in train.METHODS
+        assert world in toy.WORLDS and method in METHODS
     assert {name: figures.usual_moves(name) for name in toy.WORLDS} == {
         name: world.moves for name, world in toy.WORLDS.items()}  # fmt: skip
-    assert set(figures.LOOKS) - {figures.LGR_MEAN, "untrained"} <= set(train.METHODS)
+    assert set(figures.LOOKS) - {figures.LGR_MEAN, "untrained"} <= set(METHODS)
     horizons, forks = (named for _, _, named, _ in figures.GRADES)
     for name in toy.WORLDS:
         noise = toy.WORLDS[name].noise

@@ -20,6 +20,7 @@ import grading
 import teachability
 import toy
 import train
+from flags import parse
 
 ROOT = Path(grading.__file__).parent
 
@@ -219,9 +220,9 @@ SCRIPT = """
 import os, signal, sys, time
 import numpy as np
 sys.path.insert(0, {root!r})
-import evaluate, grading, teachability, toy
+import grading, loading, teachability, toy
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs begin without
-tokenizer = evaluate.load_tokenizer(toy.world().student)
+tokenizer = loading.load_tokenizer(toy.world().student)
 tokenizer(["The dial starts at 3."] * 5000)  # with the library's own threads
 
 def split(text):
@@ -305,6 +306,6 @@ def test_only_methods_that_look_at_sentences_have_workers():
     for flags, workers in ((["--method", "opd"], None), (["--method", "release"], 1),
                            (["--method", "std", "--sentence-workers", "2"], 2),
                            (["--method", "release", "--sentence-workers", "0"], 0)):
-        args = train.parse(["--toy", "horizon", *flags])[1]
+        args = parse(["--toy", "horizon", *flags])[1]
         sentences = train.prepare(args, 0, 1).sentences
         assert (sentences and sentences.workers) == workers

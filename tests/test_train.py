@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grading
 import lgr
+import loading
 import rollout
 import teachability
 import toy
 import train
+from flags import METHODS, parse
 
 ROOT = Path(train.__file__).parent
 TOY = ["--toy", "horizon", "--difficulty", "6"]
@@ -115,7 +117,7 @@ def make_run(*flags, student=None, teacher=None):
     argv = [*flags]
     for flag, value in (("--student", student), ("--teacher", teacher)):
         argv += [flag, str(value)] if value else []
-    _, args = train.parse(argv)
+    _, args = parse(argv)
     run = train.prepare(args, 0, 1)
     train.load_models(run, torch.device("cpu"))
     return run
@@ -467,7 +469,7 @@ def one_update(rank, world, folder):
         meeting = f"file://{folder}/meeting"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     torch.set_num_threads(1)
-    _, args = train.parse(["--micro-batch", "1", "--updates-per-rollout", "2"])
+    _, args = parse(["--micro-batch", "1", "--updates-per-rollout", "2"])
     student = train.StudentLogProbs(tiny_model("qwen3"), 61, 1.0)
     if world > 1:
         student = torch.nn.parallel.DistributedDataParallel(student)
@@ -719,9 +721,9 @@ def test_vocabularies_that_share_their_beginning_are_cut(folders):
     model = AutoTokenizer.from_pretrained(folders / "model")
     more = AutoTokenizer.from_pretrained(folders / "model")
     more.add_tokens(["<think>", "</think>"])
-    assert train.common_vocabulary(model, more) == train.common_vocabulary(more, model) == 259
+    assert loading.common_vocabulary(model, more) == loading.common_vocabulary(more, model) == 259
     with pytest.raises(ValueError, match="256 of 259 ids differ, the first is 3"):
-        train.common_vocabulary(model, AutoTokenizer.from_pretrained(folders / "other"))
+        loading.common_vocabulary(model, AutoTokenizer.from_pretrained(folders / "other"))
 
 
 def test_a_prompt_with_a_token_of_one_tokenizer_only_is_refused(folders, tmp_path):
@@ -734,24 +736,24 @@ def test_a_prompt_with_a_token_of_one_tokenizer_only_is_refused(folders, tmp_pat
     problems.write_text('{"problem": "plain"}\n{"problem": "now <think> hard"}\n')
     flags = ["--problems", str(problems), "--max-new-tokens", "8"]
     flags += ["--student", str(student), "--teacher", str(folders / "model")]
-    _, args = train.parse(flags)
+    _, args = parse(flags)
     with pytest.raises(ValueError, match="p.jsonl:2: the prompt holds '<think>'"):
         train.prepare(args, 0, 1)
 
 
 def test_a_world_sets_its_difficulty_and_that_the_length():
     for world, moves in (("horizon", 12), ("fork", 6), ("fork-mirror", 2)):
-        _, args = train.parse(["--toy", world])
+        _, args = parse(["--toy", world])
         assert (args.difficulty, args.max_new_tokens) == (moves, toy.response_limit(moves))
-    assert train.parse(["--toy", "fork", "--difficulty", "3"])[1].difficulty == 3
+    assert parse(["--toy", "fork", "--difficulty", "3"])[1].difficulty == 3
 
 
-@pytest.mark.parametrize("method", list(train.METHODS))
+@pytest.mark.parametrize("method", list(METHODS))
 def test_flags_override_the_parts_of_a_preset(method):
-    own = vars(train.parse(["--method", method])[1])
-    assert {k: own[k] for k in ("objective", "mask", "lookahead")} == vars(train.METHODS[method])
+    own = vars(parse(["--method", method])[1])
+    assert {k: own[k] for k in ("objective", "mask", "lookahead")} == vars(METHODS[method])
     flags = ["--objective", "topk", "--mask", "release", "--lookahead", "off"]
-    args = train.parse(["--method", method, *flags])[1]
+    args = parse(["--method", method, *flags])[1]
     assert (args.objective, args.mask, args.lookahead) == ("topk", "release", "off")
 
 
@@ -772,12 +774,12 @@ def test_config_without_git(monkeypatch):
 
 def test_a_head_that_is_no_plain_matrix_is_refused():
     model = tiny_model("qwen3")
-    train.check_head("--student", model, [1, 2, 3])
+    loading.check_head("--student", model, [1, 2, 3])
     head = model.lm_head
     model.lm_head = torch.nn.Sequential(head, torch.nn.Tanh())
     model.get_output_embeddings = lambda: head
     with pytest.raises(ValueError, match="--student Qwen3ForCausalLM: its logits"):
-        train.check_head("--student", model, [1, 2, 3])
+        loading.check_head("--student", model, [1, 2, 3])
 
 
 def test_repeated_ngrams_equal_a_set_of_tuples():
