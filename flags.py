@@ -53,6 +53,11 @@ METHODS = {
 }
 
 DTYPES = ["float32", "bfloat16"]
+# What a resumed run may have otherwise than the run that it resumes: nothing in its lines or
+# weights depends on them, except for where it ends.
+MAY_CHANGE = (
+    "out", "resume", "steps", "checkpoint_every", "max_skipped_steps", "timeout", "sentence_workers"
+)  # fmt: skip
 
 
 
@@ -76,6 +81,8 @@ FLAGS = {
         ("--difficulty", None, "moves per toy problem (default what the world is made for)",
          {"type": number(int, 1, toy.MAX_MOVES), "metavar": "N"}),
         ("--trust-remote-code", False, "run code that comes with a model", {}),
+        ("--allow-bin", False, "read weights from pickled .bin files where a folder has no "
+         "safetensors", {}),
         ("--thinking", False, "render prompts in thinking mode", {}),
     ],
     "sampling": [
@@ -132,6 +139,15 @@ FLAGS = {
         ("--tokens-per-micro-batch", (16384, 32768), "most tokens per forward pass, padding "
          "included: bounds memory; a longer row goes alone; 0: any number", {}),
         ("--gradient-checkpointing", False, "less memory, one more forward", {}),
+    ],
+    "what is kept, and when to give up": [
+        ("--checkpoint-every", (10, 25), "steps between checkpoints, and one at the end; 0: only "
+         "when something ends the run early", {}),
+        ("--resume", False, "go on from the last checkpoint in --out, or begin there", {}),
+        ("--max-skipped-steps", 5, "end the run after so many steps in a row whose loss or "
+         "gradient is not finite; fewer are skipped", {"low": 1}),
+        ("--timeout", 1800, "seconds that a process waits for another before it gives up",
+         {"low": 1, "high": 10**6}),
     ],
     "evaluation and machine": [
         ("--eval-every", (10, 0), "steps between evaluations; 0: only first and last", {}),

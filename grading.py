@@ -115,16 +115,12 @@ class Sentences:
             ]
         cuts = [len(ids) * worker // self.workers for worker in range(self.workers + 1)]
         parts = [ids[start:end] for start, end in zip(cuts, cuts[1:], strict=False) if start < end]
-        jobs = [self.pool.submit(_sentence_lengths, part) for part in parts]
+        with _say_who_died():
+            jobs = [self.pool.submit(_sentence_lengths, part) for part in parts]
 
         def wait() -> list[torch.Tensor]:
-            try:
+            with _say_who_died():
                 lengths = [length_N for job in jobs for length_N in job.result()]
-            except BrokenProcessPool as error:
-                raise RuntimeError(
-                    "a process that splits sentences has died, perhaps for want of memory; "
-                    "--sentence-workers 0 does without"
-                ) from error
             return [torch.repeat_interleave(torch.from_numpy(length_N)) for length_N in lengths]
 
         return wait
@@ -135,11 +131,23 @@ class Sentences:
             self.shutdown()
 
 
+@contextlib.contextmanager
+def _say_who_died():
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a process that splits sentences has died, perhaps for want of memory; "
+            "--sentence-workers 0 does without"
+        ) from error
+
+
 _worker = {}  # what a process that splits sentences was started with
 
 
 def _start_worker(parent: int, texts: teachability.KnownTexts, splitter) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which will say so
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
     torch.set_num_threads(1)
     _worker["how"] = texts, splitter
 
@@ -202,6 +210,14 @@ def signals(args) -> tuple[str, ...]:
     return margin + (("spread",) if args.mask == "std" else ())
 
 
+def candidates_needed(args) -> dict[str, int]:
+    """How many of the student's most likely tokens the later phases look at, by flag."""
+    margin = "margin" in signals(args)
+    needed = {"--margin-top-k": args.margin_top_k} if margin else {}
+    needed |= {"--lgr-top-k": args.lgr_top_k} if args.lookahead == "on" else {}
+    return needed | ({"--union-top-k": args.union_top_k} if args.objective == "topk" else {})
+
+
 def spends_budget(args) -> bool:
     """True if `controls.spend` has to place the tokens that the release rule would supervise."""
     return args.mask in controls.CONTROLS and "margin" in signals(args)
@@ -230,12 +246,14 @@ def supervise(batch, candidate_logp_BTK, advantage_BT, segments, args) -> Superv
     for signal_name in signals(args):
         if signal_name == "margin":
             margin_BT = teachability.teacher_margin(candidate_logp_BTK, kind=args.margin)
+            margin_BT = margin_BT.nan_to_num(nan=0.0)  # the loss will tell; no mask can be right
             counted_BT = batch.entropy_BT >= args.margin_min_entropy
             scores_N = teachability.segment_scores(
                 margin_BT[mask_BT].cpu(), segment_F, include_T=counted_BT[mask_BT].cpu()
             )
         else:
-            scores_N = teachability.segment_spread(advantage_BT[mask_BT].cpu(), segment_F)
+            finite_F = advantage_BT[mask_BT].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            scores_N = teachability.segment_spread(finite_F.cpu(), segment_F)
         points = [
             release_rule.release_point(own_N, min_segments=args.min_segments, eps=args.bic_eps)
             for own_N in scores_N.split(counts)

@@ -231,16 +231,22 @@ def load_config(path, *, trust_remote_code=False):
     return config
 
 
-def load_model(path, *, dtype, device, trust_remote_code=False):
+def load_model(path, *, dtype, device, trust_remote_code=False, allow_bin=False):
     """A causal LM of a local folder or hub name, from safetensors, without dropout, in eval mode.
 
+    allow_bin: where there are none, read pickled `.bin` weights (by PyTorch's restricted reader).
     ValueError, one line that begins with `path`: nothing there, not loadable, offline, or weights
     missing (which would otherwise be drawn at random with no more than a warning).
     """
     options = {"trust_remote_code": trust_remote_code}
     options |= {"config": load_config(path, **options), "dtype": dtype}
-    options |= {"use_safetensors": True, "output_loading_info": True}
-    model, info = _from_pretrained(AutoModelForCausalLM, path, **options)
+    options |= {"use_safetensors": None if allow_bin else True, "output_loading_info": True}
+    try:
+        model, info = _from_pretrained(AutoModelForCausalLM, path, **options)
+    except ValueError as error:
+        if "model.safetensors" in str(error) and not allow_bin:
+            raise ValueError(f"{error}; --allow-bin reads pickled weights, too") from None
+        raise
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}")
     return model.to(device).eval()

@@ -28,27 +28,25 @@ one process up to floating-point noise.
 Letters: B rows of this process, T tokens, K candidates, U tokens of a union of candidates.
 """
 
-import argparse
 import contextlib
-import json
+import dataclasses
 import math
 import os
-import platform
 import random
-import subprocess
-import tempfile
+import sys
 import time
+import traceback
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import checkpoint
 import controls
 import evaluate
 import flags
@@ -56,9 +54,11 @@ import grading
 import lgr
 import loading
 import logprobs
+import metrics
+import preparing
 import rollout
-import teachability
 import toy
+from preparing import Position, Run
 
 
 # --------------------------------------------------------------------- which rows, which numbers
@@ -133,37 +133,6 @@ def token_weights(
     return q_BT / max(total, 1)
 
 
-class StudentLogProbs(torch.nn.Module):
-    """The student's forward as training needs it: ids in, log-probs or divergences out, or a loss.
-
-    DDP hooks the forward of what it wraps, so backbone and chunked head must both be in here.
-    """
-
-    def __init__(self, model, vocab_size: int, temperature: float):
-        super().__init__()
-        self.model, self.vocab_size, self.temperature = model, vocab_size, temperature
-
-    def forward(
-        self, ids_BT, mask_BT, candidates_BTK=None, divergence=None, loss_weight_BT=None
-    ):
-        """Log-probs [B, T] of the tokens, or [B, T, K] of candidates in their places, in nats at
-        the sampling temperature; with `divergence`, (kind, beta, the teacher's hidden states and
-        head), that divergence [B, T] from the teacher. 0 outside `mask_BT`.  With `loss_weight_BT`
-        their weighted sum, a scalar, at less cost."""
-        hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
-        head_VD = self.model.get_output_embeddings().weight
-        how = {"mask_BT": mask_BT, "vocab_size": self.vocab_size, "temperature": self.temperature,
-               "loss_weight_BT": loss_weight_BT}  # fmt: skip
-        if divergence is not None:
-            kind, beta, *teachers = divergence
-            return logprobs.token_divergence(
-                hidden_BTD, head_VD, *teachers, kind=kind, beta=beta, **how
-            )
-        return logprobs.token_logprobs(
-            hidden_BTD, head_VD, ids_BT, candidates_BTK=candidates_BTK, **how
-        )
-
-
 def policy_gradient_loss(
     logp_BT: torch.Tensor,
     advantage_BT: torch.Tensor,
@@ -212,7 +181,8 @@ def micro_batch_loss(student, batch, grades, advantage_BT, weight_BT, args, teac
 
 def update(student, optimizer, batch, grades, advantage_BT, weight_BT, args, teacher_head_VE=None):
     """Phase 5: one optimizer step over micro-batches; returns (loss over all ranks, grad norm).
-    The exact divergences need the teacher's head.
+    Unless both are finite, the weights stay as they are: both are the same in all processes, so all
+    of them decide alike.  The exact divergences need the teacher's head.
 
     Rows of similar length go together, and columns after the last kept token are cut off before the
     forward: attention is causal, so what was released costs nothing.  Rows without a kept token are
@@ -239,9 +209,8 @@ def update(student, optimizer, batch, grades, advantage_BT, weight_BT, args, tea
     limit = args.clip_grad if args.clip_grad > 0 else math.inf
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), limit).item()
     (loss,) = sum_over_ranks([local_loss], keep_BT.device)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
-    optimizer.step()
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
     return loss, norm
 
 
@@ -251,30 +220,6 @@ def autocast(args):
 
 
 # ---------------------------------------------------------------------------------------- one run
-@dataclass
-class Run:
-    """Everything that one process holds while it trains."""
-
-    args: argparse.Namespace
-    rank: int
-    world: int
-    tokenizer: object
-    splitter: object
-    splitter_name: str
-    sentences: grading.Sentences | None
-    vocab_size: int
-    pad_id: int
-    prompts: list[list[int]]
-    eval_problems: list[dict]
-    eval_prompts: list[list[int]]
-    ood_problems: list[dict]
-    ood_prompts: list[list[int]]
-    stop_ids: list[int] = ()
-    model: object = None  # the student, a Hugging Face model
-    student: object = None  # StudentLogProbs around it, within DDP when there are several processes
-    teacher: object = None
-    optimizer: object = None
-    scheduler: object = None
 
 
 class Stopwatch:
@@ -292,30 +237,28 @@ class Stopwatch:
         self.start = now
 
 
-def candidates_needed(args) -> dict[str, int]:
-    """How many of the student's most likely tokens the later phases look at, by flag."""
-    margin = "margin" in grading.signals(args)
-    needed = {"--margin-top-k": args.margin_top_k} if margin else {}
-    needed |= {"--lgr-top-k": args.lgr_top_k} if args.lookahead == "on" else {}
-    return needed | ({"--union-top-k": args.union_top_k} if args.objective == "topk" else {})
+def rows_of_step(run: Run, step: int) -> tuple[list[int], range]:
+    """The problem of every rollout of a step, and which of the rollouts are this process's."""
+    args = run.args
+    count = args.prompts_per_step
+    order = batch_order(len(run.prompts), step * count, count, args.seed)
+    problems = [problem for problem in order for _ in range(args.rollouts_per_prompt)]
+    return problems, my_share(len(problems), run.rank, run.world)
 
 
 def sample(run: Run, step: int) -> rollout.Rollout:
     """Phase 1: this process's share of the step's rollouts."""
     args = run.args
-    count = args.prompts_per_step
-    order = batch_order(len(run.prompts), step * count, count, args.seed)
-    rows = [run.prompts[i] for i in order for _ in range(args.rollouts_per_prompt)]
-    mine = my_share(len(rows), run.rank, run.world)
+    problems, mine = rows_of_step(run, step)
     with autocast(args):
         return rollout.generate(
             run.model,
-            rows[mine.start : mine.stop],
+            [run.prompts[problems[row]] for row in mine],
             max_new_tokens=args.max_new_tokens,
             eos_ids=run.stop_ids,
             pad_id=run.pad_id,
             temperature=args.temperature,
-            top_k=max(candidates_needed(args).values(), default=1),
+            top_k=max(grading.candidates_needed(args).values(), default=1),
             batch_size=args.sample_batch,
             generator=row_generator(args.seed, step, mine.start, args.max_new_tokens),
             vocab_size=run.vocab_size,
@@ -347,17 +290,57 @@ def train_step(run: Run, step: int) -> dict:
         advantage_BT = advantage_BT.clamp(-args.advantage_clip, args.advantage_clip)
     if grades.ahead is not None:
         advantage_BT = advantage_BT + args.lgr_gamma * grades.ahead.reward_BT
-    sums = {"reverse_kl": reverse_kl} | batch_sums(batch, grades)
+    sums = {"reverse_kl": reverse_kl} | metrics.batch_sums(batch, grades)
     sums = dict(zip(sums, sum_over_ranks(list(sums.values()), mask_BT.device), strict=True))
     weight_BT = token_weights(mask_BT, keep_BT, args.rescale, sums["tokens"], sums["kept_tokens"])
     head_VE = run.teacher.get_output_embeddings().weight
+    skipped = 0
     for _ in range(args.updates_per_rollout):
         loss, norm = update(
             run.student, run.optimizer, batch, grades, advantage_BT, weight_BT, args, head_VE
         )
-        run.scheduler.step()
+        if math.isfinite(loss) and math.isfinite(norm):
+            run.scheduler.step()
+        else:
+            skipped += 1
     watch.lap("update")
-    return log_line(step, loss, norm, sums, watch.seconds, args)
+    if skipped and run.position.skipped + 1 >= args.max_skipped_steps:
+        give_up(run, step, batch, grades, advantage_BT, weight_BT, (loss, norm))
+    return metrics.log_line(step, loss, norm, skipped, sums, watch.seconds, args)
+
+
+def give_up(run: Run, step: int, batch, grades, advantage_BT, weight_BT, numbers) -> None:
+    """Save the batch of the last of too many skipped steps, and raise.
+
+    Every process writes faults/step-<n>-rank<r>.safetensors with its rows.
+
+    Raises:
+        FloatingPointError: always, with the step and the rollouts that look guilty.
+    """
+    args, mask_BT = run.args, batch.response_mask_BT
+    problems, mine = rows_of_step(run, step)
+    fine_B = (grades.logp_BT.isfinite() & advantage_BT.isfinite()).all(dim=1)
+    guilty = [mine[row] for row in (~fine_B).nonzero()[:, 0].tolist()]
+    if run.world > 1:
+        shares = [None] * run.world
+        dist.all_gather_object(shares, guilty)
+        guilty = sum(shares, [])
+    tensors = {
+        "ids_BT": batch.ids_BT, "response_mask_BT": mask_BT, "student_logp_BT": batch.logp_BT,
+        "teacher_logp_BT": grades.logp_BT, "keep_BT": grades.choice.keep_BT,
+        "advantage_BT": advantage_BT, "weight_BT": weight_BT,
+        "rollout_B": torch.tensor(mine), "problem_B": torch.tensor([problems[row] for row in mine]),
+    }  # fmt: skip
+    name = f"step-{step + 1}-rank{run.rank}.safetensors"
+    path = checkpoint.write_fault(Path(args.out), name, tensors)
+    who = "the gradient's alone: no rollout stands out"
+    if guilty:
+        who = "rollouts " + ", ".join(f"{r} (problem {problems[r]})" for r in guilty[:8])
+        who += f" and {len(guilty) - 8} more" * (len(guilty) > 8)
+    raise FloatingPointError(
+        f"step {step + 1}: loss {numbers[0]}, gradient norm {numbers[1]}, the last of "
+        f"{run.position.skipped + 1} such steps in a row; {who}; the batch is in {path}"
+    )
 
 
 def spend_elsewhere(run: Run, batch, choice: grading.Supervision, step: int) -> torch.Tensor:
@@ -374,107 +357,6 @@ def spend_elsewhere(run: Run, batch, choice: grading.Supervision, step: int) -> 
         first_row=sum(map(len, parts[: run.rank])),
         generator=row_generator(run.args.seed, CONTROL_STREAM + step, 0, 0),
     )  # fmt: skip
-
-
-def repeated_ngrams(ids_T: torch.Tensor, n: int = 4) -> tuple[int, int]:
-    """How many of a response's n-grams it has written before, and how many it has.
-
-    >>> repeated_ngrams(torch.tensor([7, 8, 7, 8, 7, 8, 7]))   # 7878 8787 7878 8787
-    (2, 4)
-    """
-    count = len(ids_T) - n + 1
-    if count < 1:
-        return 0, 0
-    gram_G, base = ids_T[:count], ids_T.max() + 1
-    for place in range(1, n):  # number the grams one token longer: exact, and within int64
-        gram_G = gram_G * base + ids_T[place : place + count]
-        gram_G = gram_G.unique(return_inverse=True)[1]
-    return count - len(gram_G.unique()), count
-
-
-def quarters(mask_BT: torch.Tensor) -> torch.Tensor:
-    """Which quarter of its response every token lies in: 0 to 3; 4 outside.
-
-    >>> quarters(torch.tensor([[False, True, True, True, True, True, True, True, True]])).tolist()
-    [[4, 0, 0, 1, 1, 2, 2, 3, 3]]
-    """
-    place_BT, length_B1 = mask_BT.cumsum(1) - 1, mask_BT.sum(1, keepdim=True).clamp(min=1)
-    return torch.where(mask_BT, 4 * place_BT // length_B1, 4)
-
-
-FLAT = 1e-3  # a deviation of confidences that a 16-bit teacher cannot tell from 0
-
-
-def batch_sums(batch: rollout.Rollout, grades: grading.Grades) -> dict[str, float]:
-    """Numerators and denominators of this process, to be added up over all of them."""
-    mask_BT, choice, ahead = batch.response_mask_BT, grades.choice, grades.ahead
-    kept_share_B = choice.keep_BT.sum(1) / mask_BT.sum(1)
-    rows = zip(batch.ids_BT, mask_BT, strict=True)
-    grams = [repeated_ngrams(ids_T[mask_T]) for ids_T, mask_T in rows]
-    sums = {
-        "rollouts": len(mask_BT),
-        "tokens": mask_BT.sum().item(),
-        "kept_tokens": choice.keep_BT.sum().item(),
-        "entropy": batch.entropy_BT.sum().item(),
-        "truncated": batch.truncated_B.sum().item(),
-        "repeated": sum(repeated for repeated, _ in grams),
-        "grams": sum(count for _, count in grams),
-        "fired": choice.released_B.sum().item(),
-        "release_at": kept_share_B[choice.released_B].sum().item(),
-        "bic_gain": choice.gain_B.sum().item(),
-        "bic_gain_over_6": (choice.gain_B > 6).sum().item(),
-    }
-    quarter_BT = quarters(mask_BT)
-    for quarter in range(4):
-        here_BT = quarter_BT == quarter
-        sums[f"tokens_{quarter}"] = here_BT.sum().item()
-        sums[f"fidelity_{quarter}"] = grades.max_prob_BT[here_BT].sum().item()
-    if ahead is not None:
-        sums["triggered"] = ahead.trigger_BT.sum().item()
-        sums["reward"] = ahead.reward_BT.sum().item()
-        sums["group_std"] = ahead.spread_BT.sum().item()
-        sums["flat"] = (ahead.trigger_BT & (ahead.spread_BT < FLAT)).sum().item()
-        sums["outside"] = ahead.outside_BT.sum().item()
-    return sums
-
-
-def log_line(step: int, loss: float, norm: float, sums: dict, seconds: dict, args) -> dict:
-    """One step for log.jsonl; README's glossary says what each number is."""
-    rollouts, tokens, fired = sums["rollouts"], sums["tokens"], sums["fired"]
-    triggered, total = sums.get("triggered", 0), sum(seconds.values())
-
-    def per(name: str, count: float) -> float | None:
-        return sums[name] / count if count else None
-
-    line = {
-        "step": step + 1,
-        "loss": loss,
-        "reverse_kl": sums["reverse_kl"] / tokens,
-        "entropy": sums["entropy"] / tokens,
-        "response_tokens": tokens / rollouts,
-        "truncated": sums["truncated"] / rollouts,
-        "repeated_4grams": per("repeated", sums["grams"]),
-        "fidelity": [per(f"fidelity_{q}", sums[f"tokens_{q}"]) for q in range(4)],
-        "kept": sums["kept_tokens"] / tokens,
-        "kept_tokens": int(sums["kept_tokens"]),
-        "fired": fired / rollouts,
-        "release_at": per("release_at", fired),
-        "bic_gain": per("bic_gain", fired),
-        "bic_gain_over_6": sums["bic_gain_over_6"] / rollouts,
-    }
-    if args.lookahead == "on":
-        line |= {
-            "triggered": triggered / tokens,
-            "group_std": per("group_std", triggered),
-            "flat_groups": per("flat", triggered),
-            "bonus": args.lgr_gamma * sums["reward"] / triggered if triggered else None,
-            "outside_group": per("outside", triggered),
-        }
-    return line | {
-        "grad_norm": norm,
-        "seconds": {name: round(value, 4) for name, value in (seconds | {"total": total}).items()},
-        "tokens_per_second": tokens / total,
-    }
 
 
 def answers(run: Run, problems: list, prompts: list, stream: int) -> list[list[dict]]:
@@ -530,178 +412,6 @@ def evaluate_student(run: Run, step: int) -> dict:
 EVALUATION_STREAM, CONTROL_STREAM = 2**23, 2**22
 
 
-# ------------------------------------------------------------------------------------------ set-up
-
-def load_prompts(args, tokenizer, path: str | None, split: str, task="dial") -> tuple[list, list]:
-    """Problems of a file or of the toy world, and their prompts in the student's template, which
-    the teacher reads too: two templates would be two prompts."""
-    if path is not None:
-        problems = loading.load_problems(path, require_answer=split == "test")
-    else:
-        count = args.eval_count if split == "test" else 4096
-        seed = 0 if split == "test" else args.seed
-        problems = loading.from_records(
-            toy.problems(count, moves=args.difficulty, split=split, seed=seed, task=task),
-            where="toy",
-        )
-    if split == "test":
-        problems = problems[: args.eval_count]
-    return problems, loading.render_prompts(tokenizer, problems, thinking=args.thinking)
-
-
-def prepare(args, rank: int, world: int) -> Run:
-    """Everything that can fail without the weights: tokenizers, problems, prompts, limits."""
-    paths = student_and_teacher(args)
-    tokenizers, configs = {}, {}
-    for flag, path in paths.items():
-        tokenizers[flag] = loading.load_tokenizer(path, trust_remote_code=args.trust_remote_code)
-        config = loading.load_config(path, trust_remote_code=args.trust_remote_code)
-        configs[flag] = config.get_text_config(decoder=True)
-    tokenizer = tokenizers["--student"]
-    vocab_size = min(
-        loading.common_vocabulary(*tokenizers.values()), *(c.vocab_size for c in configs.values())
-    )
-    for flag, count in candidates_needed(args).items():
-        if count > vocab_size:
-            raise ValueError(f"{flag} {count} exceeds the vocabulary of {vocab_size}")
-    problems, prompts = load_prompts(args, tokenizer, args.problems, "train")
-    eval_problems, eval_prompts = [], []
-    if args.eval_problems is not None or args.problems is None:
-        eval_problems, eval_prompts = load_prompts(args, tokenizer, args.eval_problems, "test")
-    ood_problems, ood_prompts = [], []
-    if args.ood_problems is not None or (args.problems is None and args.eval_problems is None):
-        ood_problems, ood_prompts = load_prompts(
-            args, tokenizer, args.ood_problems, "test", task="reverse"
-        )
-    all_problems = problems + eval_problems + ood_problems
-    all_prompts = prompts + eval_prompts + ood_prompts
-    for problem, prompt in zip(all_problems, all_prompts, strict=True):
-        if max(prompt) >= vocab_size:
-            raise ValueError(
-                f"{problem['where']}: the prompt holds {tokenizer.decode([max(prompt)])!r}, which "
-                f"is not among the {vocab_size} tokens that --student and --teacher share"
-            )
-    for config in configs.values():
-        loading.check_fit(config, all_problems, all_prompts, args.max_new_tokens)
-    splitter, splitter_name, sentences = None, None, None
-    if grading.signals(args):
-        try:
-            splitter, splitter_name = teachability.sentence_splitter(args.splitter, download=True)
-        except LookupError as error:
-            raise ValueError(f"--splitter {args.splitter}: {error}") from None
-        sentences = grading.Sentences(tokenizer, splitter, args.sentence_workers)
-    return Run(
-        args=args, rank=rank, world=world, tokenizer=tokenizer, splitter=splitter,
-        splitter_name=splitter_name, sentences=sentences, vocab_size=vocab_size,
-        pad_id=loading.pad_id(tokenizer), prompts=prompts, eval_problems=eval_problems,
-        eval_prompts=eval_prompts, ood_problems=ood_problems, ood_prompts=ood_prompts,
-    )
-
-
-def student_and_teacher(args) -> dict[str, str]:
-    """The two models by flag; the toy world's where the flag was left out."""
-    world = toy.world(args.toy)
-    for given, folder in ((args.student, world.student), (args.teacher, world.teacher)):
-        if given is None:
-            toy.require(folder)  # not all come with the repository
-    return {
-        "--student": str(args.student or world.student),
-        "--teacher": str(args.teacher or world.teacher),
-    }
-
-
-def check_folder(out: Path) -> None:
-    """ValueError unless a run could be written to `out`; leaves no trace."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file")
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
-        raise ValueError(f"--out {out} holds files that are not a run; name another folder")
-    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    try:
-        os.rmdir(tempfile.mkdtemp(dir=place))
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
-
-
-def make_folder(out: Path) -> None:
-    """Create the run folder.  An earlier run in its place is moved to <out>.1, <out>.2, ..."""
-    if out.exists() and any(out.iterdir()):
-        number = 1
-        while out.with_name(f"{out.name}.{number}").exists():
-            number += 1
-        out.rename(out.with_name(f"{out.name}.{number}"))
-    out.mkdir(parents=True, exist_ok=True)
-
-
-def describe(run: Run) -> dict:
-    """config.json: every flag and what the numbers depended on."""
-    commit = ""
-    with contextlib.suppress(OSError):  # no git on this machine
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if run.args.device == "cuda" else platform.processor()
-    return {
-        "flags": vars(run.args),
-        "models": student_and_teacher(run.args),
-        "processes": run.world,
-        "vocabulary": run.vocab_size,
-        "stop_ids": run.stop_ids,
-        "sentence_splitter": run.splitter_name,
-        "training_problems": len(run.prompts),
-        "evaluation_problems": len(run.eval_problems),
-        "ood_problems": len(run.ood_problems),
-        "commit": commit or None,
-        "device": device or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "numpy": np.__version__,
-        },
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def load_models(run: Run, device: torch.device) -> None:
-    """Student in float32 (what AdamW needs), teacher in the type of the matrix products."""
-    args = run.args
-    for flag, path in student_and_teacher(args).items():
-        is_student = flag == "--student"
-        dtype = torch.float32 if is_student else getattr(torch, args.dtype)
-        model = loading.load_model(
-            path, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code
-        )
-        loading.check_head(flag, model, run.prompts[0][:8])
-        if is_student:
-            run.model = model.train()  # dropout is 0; checkpointing works in training mode only
-        else:
-            run.teacher = model.requires_grad_(False)
-            if args.lookahead == "on":
-                longest = max(map(len, run.prompts)) + args.max_new_tokens
-                lgr.check_model(model, longest)
-                lgr.self_check(model)
-    run.stop_ids = loading.stop_ids(run.model, run.teacher, run.tokenizer)
-    if args.gradient_checkpointing:
-        run.model.gradient_checkpointing_enable({"use_reentrant": False})
-    student = StudentLogProbs(run.model, run.vocab_size, args.temperature)
-    if run.world > 1:
-        student = DistributedDataParallel(
-            student, device_ids=[device.index] if device.type == "cuda" else None
-        )
-    run.student = student
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    run.optimizer = torch.optim.AdamW(
-        groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=device.type == "cuda"
-    )
-    run.scheduler = torch.optim.lr_scheduler.LambdaLR(
-        run.optimizer, lambda done: min(1.0, (done + 1) / max(args.warmup_steps, 1))
-    )
-
-
-
 def start_processes(args, world: int) -> torch.device:
     """Join the process group that torchrun describes: gloo on CPU, nccl on GPU."""
     device = torch.device(args.device)
@@ -709,77 +419,276 @@ def start_processes(args, world: int) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        backend, timeout = "nccl" if args.device == "cuda" else "gloo", timedelta(0, args.timeout)
+        dist.init_process_group(backend, timeout=timeout)
     return device
 
 
+def together(work):
+    """`work()` in every process; if it fails in one, its error in all: nobody waits for one that
+    has left.
+
+    Raises:
+        ValueError: `work` raised a ValueError or an OSError somewhere; with the rank, if not here.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as caught:
+        error = ValueError(str(caught))
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error and str(error))
+        wrong = [rank for rank, text in enumerate(errors) if text is not None]
+        if wrong and error is None:
+            error = ValueError(f"rank {wrong[0]}: {errors[wrong[0]]}")
+    if error is not None:
+        raise error
+    return result
+
+
+# ------------------------------------------------------------------------------------------ resume
+@dataclass
+class Resume:
+    """There is a run to go on with: from the checkpoint in `path`, or from its beginning."""
+
+    path: Path | None
+
+
+def find_resume(run: Run, out: Path) -> Resume | None:
+    """What to go on with in `out`, if anything.
+
+    Raises:
+        ValueError: that run has other flags or other prompts, or is beyond --steps.
+    """
+    config = checkpoint.read_config(out) if run.args.resume else None
+    if config is None:
+        return None
+    changed = checkpoint.changed_flags(config, vars(run.args), flags.MAY_CHANGE)
+    if changed:
+        raise ValueError(f"--resume: {out} is a run with other flags: {'; '.join(changed)}")
+    if config.get("prompts_sha256") != preparing.fingerprint(run):
+        raise ValueError(f"--resume: {out} is a run on other problems: their files have changed")
+    path = checkpoint.newest(out)
+    if path is not None and checkpoint.step_of(path) > run.args.steps:
+        raise ValueError(f"--steps {run.args.steps}: {path} is of a later step")
+    checkpoint.check_log(out, checkpoint.read_facts(path)["position"]["log_bytes"] if path else 0)
+    return Resume(path)
+
+
+def restore(run: Run, path: Path) -> None:
+    """Put the checkpoint in that folder back, in this process.
+
+    Raises:
+        ValueError: it is of another student.
+        OSError: it cannot be read here.
+    """
+    found = checkpoint.read(path)
+    position = Position(**found.facts["position"])
+    checkpoint.restore(found, run.model, run.optimizer, run.scheduler)
+    if run.rank < len(position.random):
+        checkpoint.set_random_state(position.random[run.rank])
+    run.position = position
+
+
+def begin_folder(run: Run, out: Path, resume: Resume | None) -> None:
+    """Write the config of a new run, or into the one of an old run where it goes on.  What may make
+    that differ from an uninterrupted run is said on stderr."""
+    now = preparing.describe(run)
+    if resume is None:
+        checkpoint.make_folder(out)
+        checkpoint.write_json(out / "config.json", now)
+        return
+    checkpoint.forget_faults(out)
+    config = checkpoint.read_config(out)
+    resumed = {"step": run.position.step}
+    for name in ("commit", "device", "processes", "threads", "versions", "started"):
+        resumed[name] = now[name]
+        if config.get(name) != now[name] and name != "started":
+            print(f"train.py: --resume: {name} {config.get(name)}, now {now[name]}: the run may go "
+                  "on otherwise than it would have", file=sys.stderr)  # fmt: skip
+    config["resumed"] = [*config.get("resumed", []), resumed]
+    checkpoint.write_json(out / "config.json", config | {"flags": now["flags"]})
+    where = f"from {resume.path}"
+    if resume.path is None:
+        where = f"{out} from the beginning, it has no whole checkpoint"
+    print(f"train.py: resuming {where}", file=sys.stderr)
+
+
+def write_checkpoint(run: Run, out: Path, log) -> None:
+    """Rank 0 writes down where the run stands."""
+    if run.rank == 0:
+        log.flush()
+        groups, facts = checkpoint.capture(run.model, run.optimizer, run.scheduler)
+        facts["position"] = dataclasses.asdict(run.position)
+        checkpoint.write(out, run.position.step, groups, facts)
+
+
+# ------------------------------------------------------------------------------------------- a run
+def all_random_states(run: Run) -> list[dict]:
+    """Those of every process, by rank."""
+    states = [checkpoint.random_state()]
+    if run.world > 1:
+        states = [None] * run.world
+        dist.all_gather_object(states, checkpoint.random_state())
+    return states
+
+
 def train(run: Run, out: Path) -> list[dict]:
-    """The loop: evaluate, step, log; returns the evaluation lines."""
-    args, evaluations, shown = run.args, [], {}
-    with open(out / "log.jsonl", "a") if run.rank == 0 else contextlib.nullcontext() as log:
+    """The loop: evaluate, step, log, now and then a checkpoint; returns the evaluation lines.
 
-        def write(line: dict, names: tuple[str, ...]) -> None:
-            if run.rank == 0:
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-            shown.update({name: f"{line[name]:.3f}" for name in names})
-            bar.set_postfix(shown)
+    Whatever ends it early, rank 0 first writes a checkpoint of the last line of the log.
+    """
+    log = checkpoint.Log(out, run.position.log_bytes) if run.rank == 0 else None
+    run.position.random = run.position.random or all_random_states(run)
+    try:
+        steps(run, out, log)
+    except BaseException:
+        if not run.interruptions.held:  # else the weights are ahead of the log
+            with contextlib.suppress(Exception):  # the disk may be full, or the GPU gone
+                write_checkpoint(run, out, log)
+        raise
+    finally:
+        if log is not None:
+            log.close()
+    return [line for line in log.lines if "accuracy" in line] if log is not None else []
 
-        bar = tqdm(total=args.steps, desc=args.method, unit="step", disable=run.rank > 0)
-        for step in range(args.steps + 1):
-            due = step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0)
-            if due and run.eval_problems:
-                evaluations.append(evaluate_student(run, step))
-                write(evaluations[-1], ("accuracy",))
-            if step < args.steps:
-                write(train_step(run, step), ("reverse_kl", "kept"))
-                bar.update()
-        bar.close()
-    return evaluations
+
+def steps(run: Run, out: Path, log) -> None:
+    """The loop itself. From the first change of a weight to the line in the log signals wait."""
+    args, position, signals = run.args, run.position, run.interruptions
+    hook = run.optimizer.register_step_pre_hook(signals.hold)
+    bar = tqdm(total=args.steps, initial=position.step, desc=args.method, unit="step",
+               disable=run.rank > 0)  # fmt: skip
+    shown = {}
+
+    def write(line: dict, names: tuple[str, ...], **moved) -> None:
+        signals.hold()
+        random = all_random_states(run)
+        if log is not None:
+            position.log_bytes = log.write(line)
+            log.lines.append(line)
+        vars(position).update(moved, random=random)
+        signals.release()
+        shown.update({name: f"{line[name]:.3f}" for name in names})
+        bar.set_postfix(shown)
+
+    while True:
+        step = position.step
+        due = step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0)
+        if due and run.eval_problems and not position.evaluated:
+            write(evaluate_student(run, step), ("accuracy",), evaluated=True)
+        if step == args.steps:
+            break
+        line = train_step(run, step)
+        skipped = position.skipped + 1 if line["skipped"] else 0
+        write(line, ("reverse_kl", "kept"), step=step + 1, evaluated=False, skipped=skipped)
+        bar.update()
+        every = args.checkpoint_every
+        if every and ((step + 1) % every == 0 or step + 1 == args.steps):
+            signals.hold()
+            write_checkpoint(run, out, log)
+            signals.release()
+    bar.close()
+    hook.remove()
 
 
 def save_student(run: Run, out: Path) -> None:
-    """student/ in Hugging Face format: written beside its place, then renamed into it."""
-    target, half_written = out / "student", out / "student.partial"
-    run.model.to(getattr(torch, run.args.save_dtype)).save_pretrained(half_written)
-    run.tokenizer.save_pretrained(half_written)
-    half_written.rename(target)
+    """student/ in Hugging Face format."""
+
+    def fill(folder: Path) -> None:
+        run.model.to(getattr(torch, run.args.save_dtype)).save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+
+    checkpoint.replace_folder(out, "student", fill)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check everything, then load, train, save and say what came of it."""
+    """Check everything, then load, train, save and say what came of it.
+
+    Exits with 2 on bad input; 1 when the run fails; 0 or 130 when SIGTERM or Ctrl-C ends it."""
     parser, args = flags.parse(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.threads:
         torch.set_num_threads(args.threads)
+    with checkpoint.Interruptions() as interruptions:
+        code = guarded(args, parser, interruptions)
+    if dist.is_initialized():  # the destructors of gloo's process group lock up, once in 30 runs
+        sys.stdout.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def guarded(args, parser: loading.Parser, interruptions: checkpoint.Interruptions) -> int:
+    """The command but for its first and last moments; returns the exit code."""
+    out, sentences = Path(args.out), None
+    try:
+        try:
+            run, resume, device = set_up(args, out)
+            sentences, run.interruptions = run.sentences, interruptions
+            load_and_begin(run, out, resume, device)
+        except ValueError as error:
+            parser.error(str(error))
+        train_and_save(run, out)
+        return 0
+    except SystemExit as bad_input:
+        return bad_input.code
+    except (checkpoint.Stop, Exception) as error:
+        interruptions.hold()  # what else comes is too late
+        if interruptions.number is None:
+            return end_with_error(out, error)
+        return end_when_told(out, checkpoint.Stop(interruptions.number))
+    finally:  # nothing is to wait for sentences that nobody wants any more
+        interruptions.hold()
+        if sentences is not None:
+            sentences.close()
+
+
+def set_up(args, out: Path) -> tuple[Run, Resume | None, torch.device]:
+    """Every check that needs no weights; then the processes meet, and hear of each other's errors.
+    Rank 0 knows what to go on with."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    out = Path(args.out)
+    run, resume, error = None, None, None
     try:
         if rank == 0:  # alone: another rank's probe in an empty folder would look like a file
-            check_folder(out)
-        run = prepare(args, rank, world)
-    except ValueError as error:
-        parser.error(str(error))
-    try:
-        train_and_save(run, out, parser)
-    finally:  # also on errors: nothing is to wait for sentences that nobody wants any more
-        if run.sentences is not None:
-            run.sentences.close()
+            checkpoint.check_folder(out, args.resume)
+        run = preparing.prepare(args, rank, world)
+        resume = find_resume(run, out) if rank == 0 else None
+    except ValueError as caught:
+        error = caught
+    device = start_processes(args, world) if world > 1 or error is None else None
+
+    def raise_it():
+        if error is not None:
+            raise error
+
+    together(raise_it)
+    return run, resume, device
 
 
-def train_and_save(run: Run, out: Path, parser: loading.Parser) -> None:
-    """`main` from the weights on."""
-    args, rank = run.args, run.rank
-    try:
-        load_models(run, start_processes(args, run.world))
-    except ValueError as error:
-        parser.error(str(error))
-    if rank == 0:
-        make_folder(out)
-        (out / "config.json").write_text(json.dumps(describe(run), indent=2) + "\n")
+def load_and_begin(run: Run, out: Path, resume: Resume | None, device: torch.device) -> None:
+    """Weights, the checkpoint to go on from, the run folder."""
+    together(lambda: preparing.load_models(run, device))
+    if run.world > 1:  # the folder is shared, but one process alone looked into it
+        objects = [resume]
+        dist.broadcast_object_list(objects, device=device)
+        resume = objects[0]
+    if resume is not None and resume.path is not None:
+        together(lambda: restore(run, resume.path))
+    together(lambda: begin_folder(run, out, resume) if run.rank == 0 else None)
+    if run.world > 1:
+        run.student = DistributedDataParallel(
+            run.student, device_ids=[device.index] if device.type == "cuda" else None
+        )
+
+
+def train_and_save(run: Run, out: Path) -> None:
+    """The run itself, and what came of it."""
     evaluations = train(run, out)
-    if rank == 0:
+    run.interruptions.hold()
+    if run.rank == 0:
         save_student(run, out)
         for line in evaluations[:1] + evaluations[-1:]:
             print(
@@ -792,7 +701,40 @@ def train_and_save(run: Run, out: Path, parser: loading.Parser) -> None:
         print(f"wrote {out}/config.json, log.jsonl, student/")
     if dist.is_initialized():
         dist.barrier()  # nobody leaves before rank 0 has saved
-        dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------- ends before time
+def end_when_told(out: Path, stop: checkpoint.Stop) -> int:
+    """After SIGTERM or Ctrl-C: say how to go on; returns the exit code."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0:
+        checkpoint.forget_faults(out)
+        path = checkpoint.newest(out)
+        how = f"{path} is written, --resume goes on from there" if path else "nothing was written"
+        print(f"\ntrain.py: stopped by {stop}; {how}", file=sys.stderr, flush=True)
+    else:  # perhaps it is the only one that was told
+        checkpoint.first_fault(out, f"rank {rank}: stopped by {stop}")
+    return stop.exit_code
+
+
+def end_with_error(out: Path, error: Exception) -> int:
+    """After an error: the process in which it happened says so, on stderr and for the others in
+    faults/; the others, which only lost contact, name that one.  Returns the exit code."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    text = f"{type(error).__name__}: {error}"
+    lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)
+    if lost:
+        text = f"lost contact with another process: {error}"
+    if world > 1:
+        text = f"rank {rank}: {text}"
+        first = checkpoint.first_fault(out, text)
+        if first != text:
+            text = f"rank {rank} ends because of {first}"
+            lost = True
+    if not lost and not isinstance(error, FloatingPointError | OSError):
+        traceback.print_exception(error)
+    print(f"\ntrain.py: error: {text}", file=sys.stderr, flush=True)
+    return 1
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ sys.path.insert(0, str(ROOT))
 
 import flags as training_flags  # noqa: E402
 import lgr  # noqa: E402
+import preparing  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
 
@@ -142,7 +143,7 @@ class Stopwatch(train.Stopwatch):
         self.latest[phase] = self.latest.get(phase, 0.0) + self.now - before
 
 
-def our_step(run: train.Run, step: int) -> tuple[dict, dict[str, float]]:
+def our_step(run: preparing.Run, step: int) -> tuple[dict, dict[str, float]]:
     """The log line of a step, and its seconds by phase."""
     return train.train_step(run, step), Stopwatch.latest
 
@@ -218,12 +219,12 @@ def machine_flags(args) -> list[str]:
     return ["--device", args.device, "--dtype", args.dtype, "--threads", str(args.threads)]
 
 
-def our_run(argv: list[str]) -> train.Run:
+def our_run(argv: list[str]) -> preparing.Run:
     """Everything that `train.py` has in hand before its first step."""
     _, args = training_flags.parse(argv)
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    run = train.prepare(args, rank=0, world=1)
-    train.load_models(run, torch.device(args.device))
+    run = preparing.prepare(args, rank=0, world=1)
+    preparing.load_models(run, torch.device(args.device))
     return run
 
 
@@ -307,7 +308,7 @@ def recorded(module, name: str):
         setattr(module, name, function)
 
 
-def set_back(run: train.Run, weights: dict[str, torch.Tensor]) -> None:
+def set_back(run: preparing.Run, weights: dict[str, torch.Tensor]) -> None:
     """The student as it was, and an optimizer that has seen nothing; no buffer is made anew."""
     run.model.load_state_dict(weights)
     for state in run.optimizer.state.values():
@@ -315,12 +316,12 @@ def set_back(run: train.Run, weights: dict[str, torch.Tensor]) -> None:
             value.zero_()
 
 
-def weights_of(run: train.Run) -> dict[str, torch.Tensor]:
+def weights_of(run: preparing.Run) -> dict[str, torch.Tensor]:
     """A copy of the student's, for `set_back`."""
     return {name: value.detach().clone() for name, value in run.model.state_dict().items()}
 
 
-def check_same_work(run: train.Run, trainer, args) -> dict[str, float]:
+def check_same_work(run: preparing.Run, trainer, args) -> dict[str, float]:
     """TRL's loss and gradient on rollouts of ours against those of our step, which is undone.
 
     Returns:
@@ -534,7 +535,7 @@ def costs(model, vocab_size: int) -> tuple[float, float, float]:
     return 2 * layers * matrices, 4 * layers * heads * width, 2 * vocab_size * D
 
 
-def flops(run: train.Run, mask_BT: torch.Tensor, padded: bool = False) -> dict[str, float]:
+def flops(run: preparing.Run, mask_BT: torch.Tensor, padded: bool = False) -> dict[str, float]:
     """Of one step of plain OPD on these responses, by phase; every row alone, or in score and
     update as long as the longest one."""
     response_B = mask_BT.sum(dim=1)
@@ -553,13 +554,13 @@ def flops(run: train.Run, mask_BT: torch.Tensor, padded: bool = False) -> dict[s
     }
 
 
-def leaf_flops(run: train.Run, column_N: torch.Tensor) -> float:
+def leaf_flops(run: preparing.Run, column_N: torch.Tensor) -> float:
     """Of leaves that branch off these columns: each attends to the trunk before it and itself."""
     token, column, head = costs(run.teacher, run.vocab_size)
     return float((token + head + column * (column_N + 1)).sum())
 
 
-def compare_flops(run: train.Run, batch, column_N: torch.Tensor) -> dict[str, float]:
+def compare_flops(run: preparing.Run, batch, column_N: torch.Tensor) -> dict[str, float]:
     """A step of lgr over one of opd, on these rollouts and leaves: two lines and the figures."""
     mask_BT, ahead = batch.response_mask_BT, leaf_flops(run, column_N)
     tight, padded = flops(run, mask_BT), flops(run, mask_BT, padded=True)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_train import grade, make_run
 
 import grading
+import preparing
 import teachability
 import toy
 import train
@@ -307,5 +308,5 @@ def test_only_methods_that_look_at_sentences_have_workers():
                            (["--method", "std", "--sentence-workers", "2"], 2),
                            (["--method", "release", "--sentence-workers", "0"], 0)):
         args = parse(["--toy", "horizon", *flags])[1]
-        sentences = train.prepare(args, 0, 1).sentences
+        sentences = preparing.prepare(args, 0, 1).sentences
         assert (sentences and sentences.workers) == workers

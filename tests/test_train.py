@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import grading
 import lgr
 import loading
+import metrics
+import preparing
 import rollout
 import teachability
 import toy
@@ -57,11 +59,11 @@ def test_expected_policy_gradient_is_that_of_the_reverse_kl_minus_the_expected_r
     column_T = torch.arange(T)
     mask_BT = (column_T >= len(prompt)) & (column_T < length_B)
     with torch.no_grad():
-        teacher_logp_BT = train.StudentLogProbs(teacher, V, 1.0)(ids_BT, mask_BT)
+        teacher_logp_BT = preparing.StudentLogProbs(teacher, V, 1.0)(ids_BT, mask_BT)
         group_BTK = student(ids_BT).logits.topk(2).indices.roll(1, dims=1)
     confidence_BTK = lgr.lookahead_confidence(teacher, ids_BT, mask_BT, mask_BT, group_BTK)
     reward_BT = lgr.sampled_reward(lgr.group_reward(confidence_BTK), group_BTK, ids_BT)
-    wrapped = train.StudentLogProbs(student, V, 1.0)
+    wrapped = preparing.StudentLogProbs(student, V, 1.0)
     logp_BT = wrapped(ids_BT, mask_BT)
     probability_B = logp_BT.detach().sum(1).exp()
     assert abs(probability_B.sum() - 1) < 1e-12
@@ -118,8 +120,8 @@ def make_run(*flags, student=None, teacher=None):
     for flag, value in (("--student", student), ("--teacher", teacher)):
         argv += [flag, str(value)] if value else []
     _, args = parse(argv)
-    run = train.prepare(args, 0, 1)
-    train.load_models(run, torch.device("cpu"))
+    run = preparing.prepare(args, 0, 1)
+    preparing.load_models(run, torch.device("cpu"))
     return run
 
 
@@ -470,7 +472,7 @@ def one_update(rank, world, folder):
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     torch.set_num_threads(1)
     _, args = parse(["--micro-batch", "1", "--updates-per-rollout", "2"])
-    student = train.StudentLogProbs(tiny_model("qwen3"), 61, 1.0)
+    student = preparing.StudentLogProbs(tiny_model("qwen3"), 61, 1.0)
     if world > 1:
         student = torch.nn.parallel.DistributedDataParallel(student)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -738,7 +740,7 @@ def test_a_prompt_with_a_token_of_one_tokenizer_only_is_refused(folders, tmp_pat
     flags += ["--student", str(student), "--teacher", str(folders / "model")]
     _, args = parse(flags)
     with pytest.raises(ValueError, match="p.jsonl:2: the prompt holds '<think>'"):
-        train.prepare(args, 0, 1)
+        preparing.prepare(args, 0, 1)
 
 
 def test_a_world_sets_its_difficulty_and_that_the_length():
@@ -769,7 +771,7 @@ def test_candidates_needed():
 def test_config_without_git(monkeypatch):
     run = make_run(*TOY, *SHORT)
     monkeypatch.setenv("PATH", "")
-    assert train.describe(run)["commit"] is None
+    assert preparing.describe(run)["commit"] is None
 
 
 def test_a_head_that_is_no_plain_matrix_is_refused():
@@ -787,15 +789,15 @@ def test_repeated_ngrams_equal_a_set_of_tuples():
     for length, vocabulary in ((0, 5), (3, 5), (4, 5), (50, 2), (200, 3), (40, 150_000)):
         ids_T = torch.randint(vocabulary, (length,), generator=generator)
         grams = list(zip(*(ids_T.tolist()[i:] for i in range(4)), strict=False))
-        assert train.repeated_ngrams(ids_T) == (len(grams) - len(set(grams)), len(grams))
-    assert train.repeated_ngrams(torch.full((20,), 151_935)) == (16, 17)
+        assert metrics.repeated_ngrams(ids_T) == (len(grams) - len(set(grams)), len(grams))
+    assert metrics.repeated_ngrams(torch.full((20,), 151_935)) == (16, 17)
 
 
 def test_quarters_are_even_and_ordered():
     mask_BT = torch.zeros(6, 12, dtype=torch.bool)
     for row, length in enumerate((1, 2, 3, 4, 7, 10)):
         mask_BT[row, 2 : 2 + length] = True
-    quarter_BT = train.quarters(mask_BT)
+    quarter_BT = metrics.quarters(mask_BT)
     for row, length in enumerate((1, 2, 3, 4, 7, 10)):
         inside = quarter_BT[row, 2 : 2 + length].tolist()
         assert inside == [4 * i // length for i in range(length)] == sorted(inside)

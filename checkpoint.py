@@ -1,0 +1,494 @@
+"""A run folder, and how a run goes on from it bit for bit, whatever ended it.
+
+    runs/release-seed0/
+        config.json                every flag, what the numbers depended on, when it was resumed
+        log.jsonl                  one line per step or evaluation
+        log.dropped.jsonl          lines of steps that a resumed run does again
+        checkpoints/step-00000020/ student, optimizer (safetensors), facts.json, checksums.json
+        student/                   the result, in Hugging Face format
+        faults/                    what a run that failed left to look at
+
+Reading key
+    partial   files and folders are written beside their place, forced to the disk (fsync), then
+              renamed into it: under its final name nothing is ever half there
+    torn      a checkpoint whose files do not have the SHA-256 that checksums.json says; disks and
+              copies do that. It is set aside (`.torn`), with a warning, and the one before serves
+    stop      SIGTERM or Ctrl-C: an exception that is raised where the run can be written down
+    facts     what is no tensor: step, length of the log, scheduler, random numbers of every
+              process. JSON, for nothing here is ever unpickled
+Names come from this file and never from what it reads, and links inside a run folder are refused,
+so nothing outside it is read, written or deleted.
+"""
+
+import base64
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+KEPT = 2  # checkpoints: the newest, and the one before in case that is torn
+INSIDE = ("config.json", "log.jsonl", "log.dropped.jsonl", "checkpoints", "student", "faults")
+
+
+# ------------------------------------------------------------------------------------- the folder
+def check_folder(out: Path, resume: bool = False) -> None:
+    """ValueError unless a run could be written to `out`, or resumed from it; leaves no trace."""
+    out = Path(out)
+    try:
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out} is a file")
+        names = [path.name for path in out.iterdir()] if out.exists() else []
+        names = [name for name in names if not name.endswith(".partial")]
+        if names and "config.json" not in names:
+            raise ValueError(f"--out {out} holds files that are not a run; name another folder")
+        for name in INSIDE if resume else ():
+            if (out / name).is_symlink():
+                raise ValueError(f"--out {out}: {name} is a link; a run stays in its own folder")
+        place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        os.rmdir(tempfile.mkdtemp(dir=place))
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def make_folder(out: Path) -> None:
+    """Create the run folder.  An earlier run in its place is moved to <out>.1, <out>.2, ..."""
+    if out.exists() and any(out.iterdir()):
+        number = 1
+        while os.path.lexists(out.with_name(f"{out.name}.{number}")):
+            number += 1
+        out.rename(out.with_name(f"{out.name}.{number}"))
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """The whole file or, whatever happens, the one that was there before."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _flush(path.parent)
+
+
+def read_config(out: Path) -> dict | None:
+    """config.json of a run that began there; None where there is none yet.
+
+    Raises:
+        ValueError: it is there, and is not the JSON object that `write_json` left.
+    """
+    path = Path(out) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
+        raise ValueError(f"{path}: is not a run's config")
+    return config
+
+
+def changed_flags(config: dict, flags: dict, may_change=()) -> list[str]:
+    """What the flags of a run and of the command that resumes it disagree about, one text each.
+
+    >>> changed_flags({"flags": {"lr": 0.1, "steps": 3}}, {"lr": 0.2, "steps": 9}, ("steps",))
+    ['--lr 0.1, now 0.2']
+    """
+    then, now = config["flags"], json.loads(json.dumps(flags))
+    names = [name for name in {**then, **now} if name not in may_change]
+    return [
+        f"--{name.replace('_', '-')} {then.get(name)}, now {now.get(name)}"
+        for name in names
+        if then.get(name) != now.get(name)
+    ]
+
+
+def check_log(out: Path, keep: int) -> None:
+    """ValueError if log.jsonl has less than the `keep` bytes that it had at a checkpoint."""
+    path = Path(out) / "log.jsonl"
+    size = path.stat().st_size if path.exists() else 0
+    if size < keep:
+        raise ValueError(f"{path} has {size} bytes; it had {keep} when the checkpoint was written")
+
+
+class Log:
+    """log.jsonl: a line is in the file when `write` returns, and on the disk after `flush`.
+
+    keep: bytes of an earlier run to go on behind; what lies beyond moves to log.dropped.jsonl.
+    Raises ValueError if there are fewer.
+    """
+
+    def __init__(self, out: Path, keep: int = 0):
+        self.path = Path(out) / "log.jsonl"
+        check_log(out, keep)
+        old = self.path.read_bytes() if self.path.exists() else b""
+        if old[keep:]:
+            with open(self.path.with_name("log.dropped.jsonl"), "ab") as dropped:
+                dropped.write(old[keep:])
+                dropped.flush()
+                os.fsync(dropped.fileno())
+        self.lines = [json.loads(line) for line in old[:keep].splitlines()]
+        self.file = open(self.path, "ab")  # noqa: SIM115
+        self.file.truncate(keep)
+
+    def write(self, line: dict) -> int:
+        """Append one object; returns the bytes of the log. What is not finite becomes null, for
+        JSON has no other word for it."""
+        text = json.dumps(_finite(line), allow_nan=False) + "\n"
+        self.file.write(text.encode())
+        self.file.flush()
+        return self.file.tell()
+
+    def flush(self) -> None:
+        """Wait until everything is on the disk."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def write_fault(out: Path, name: str, tensors: dict) -> Path:
+    """Tensors of what went wrong, in faults/; returns where."""
+    path = Path(out) / "faults" / name
+    path.parent.mkdir(exist_ok=True)
+    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+    return path
+
+
+def first_fault(out: Path, text: str) -> str:
+    """The error of the first process to report one; `text` if that is this one.  It stands in
+    faults/first.txt, which only one process can create; an earlier run's is taken away by
+    `forget_faults`."""
+    path = Path(out) / "faults" / "first.txt"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "x") as file:
+            file.write(text + "\n")
+        return text
+    except FileExistsError:
+        return path.read_text().strip() or text
+    except OSError:  # no run folder yet, or one that cannot be written
+        return text
+
+
+def forget_faults(out: Path) -> None:
+    """A resumed run has not failed yet."""
+    (Path(out) / "faults" / "first.txt").unlink(missing_ok=True)
+
+
+def replace_folder(out: Path, name: str, fill) -> None:
+    """Have `fill(folder)` write a folder, then put it in the place of <out>/<name>."""
+    target, partial, old = out / name, out / f"{name}.partial", out / f"{name}.old.partial"
+    _remove(partial)
+    _remove(old)
+    fill(partial)
+    for path in partial.iterdir():
+        _flush(path)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    _flush(out)
+    _remove(old)
+
+
+# -------------------------------------------------------------------------------- checkpoints
+@dataclass
+class Checkpoint:
+    """What was read: `groups` of tensors by name, and the `facts`, as they were written."""
+
+    groups: dict[str, dict[str, torch.Tensor]]
+    facts: dict
+
+
+def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> Path:
+    """Write a checkpoint, then delete all but the newest `keep` of them.
+
+    Args:
+        out: the run folder.
+        step: its number; a whole checkpoint of the same step is left as it is.
+        groups: tensors, {file name without suffix: {name: tensor}}; a group is copied to the CPU,
+            one at a time, while it is written.
+        facts: whatever JSON can spell.
+    Returns its folder.
+
+    Raises:
+        OSError: it cannot be written; what there was remains, and nothing half-written does.
+    """
+    folder = Path(out) / "checkpoints"
+    target = folder / f"step-{step:08d}"
+    partial = target.with_name(target.name + ".partial")
+    try:
+        folder.mkdir(exist_ok=True)
+        if not target.exists() or what_is_torn(target):
+            _clean(folder)
+            partial.mkdir()
+            for name, tensors in groups.items():
+                save_file(tensors, partial / f"{name}.safetensors")
+            (partial / "facts.json").write_text(json.dumps(facts))
+            sums = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+            (partial / "checksums.json").write_text(json.dumps(sums, indent=1))
+            for path in partial.iterdir():
+                _flush(path)
+            _flush(partial)
+            _remove(target)
+            partial.rename(target)
+            _flush(folder)
+        for old in _steps(folder)[:-keep]:
+            _remove(old)
+    except (OSError, SafetensorError) as error:
+        _remove(partial)
+        number = error.errno if isinstance(error, OSError) else _number_in(str(error))
+        reason = os.strerror(number) if number else str(error)
+        raise OSError(number, f"checkpoint of step {step}: {reason}", str(target)) from error
+    return target
+
+
+def newest(out: Path) -> Path | None:
+    """The folder of the newest whole checkpoint; None without one.  Torn ones that are newer are
+    renamed to `<name>.torn` and warned of; what an interrupted `write` left is deleted."""
+    folder = Path(out) / "checkpoints"
+    if not folder.is_dir():
+        return None
+    _clean(folder)
+    for path in reversed(_steps(folder)):
+        why = what_is_torn(path)
+        if not why:
+            return path
+        aside = path.with_name(path.name + ".torn")
+        _remove(aside)
+        path.rename(aside)
+        warnings.warn(f"{path} is torn ({why}): looking at the one before", stacklevel=2)
+    return None
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by the name of its folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def what_is_torn(path: Path) -> str:
+    """Which file of a checkpoint is not what was written, and how; "" if it is whole."""
+    try:
+        sums = json.loads((path / "checksums.json").read_text())
+        links = [file.name for file in path.iterdir() if file.is_symlink()]
+        if links:
+            return f"{links[0]} is a link"
+        for name in sums.keys() | {"facts.json"}:
+            if not re.fullmatch(r"[a-z]+\.(safetensors|json)", name):
+                return f"checksums.json names {name!r}"
+            if _sha256(path / name) != sums[name]:
+                return f"{name} has another checksum"
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return f"checksums.json: {type(error).__name__}: {error}"
+    return ""
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a whole checkpoint (see `newest`) into CPU memory."""
+    groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return Checkpoint(groups, read_facts(path))
+
+
+def read_facts(path: Path) -> dict:
+    """Only the facts of a whole checkpoint."""
+    return json.loads((path / "facts.json").read_text())
+
+
+# ------------------------------------------------------------------------------- what is in one
+def capture(model, optimizer, scheduler=None) -> tuple[dict, dict]:
+    """The (groups, facts) of a model, a torch optimizer and a scheduler, for `write`."""
+    groups = {"student": _distinct(model.state_dict()), "optimizer": {}}
+    for number, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            groups["optimizer"][f"{number}.{name}"] = torch.as_tensor(value).contiguous()
+    facts = {"options": [_options(group) for group in optimizer.param_groups]}
+    if scheduler is not None:
+        facts["scheduler"] = scheduler.state_dict()
+    return groups, facts
+
+
+def restore(checkpoint: Checkpoint, model, optimizer, scheduler=None) -> None:
+    """Put back what `capture` took, into objects that were built as those were.
+
+    Raises:
+        ValueError: a tensor is missing, is not wanted or has another shape.
+    """
+    own, saved = model.state_dict(), checkpoint.groups["student"]
+    wanted = {name: tensor.shape for name, tensor in _distinct(own).items()}
+    if wanted != {name: tensor.shape for name, tensor in saved.items()}:
+        odd = sorted(wanted.keys() ^ saved.keys()) or ["a shape"]
+        raise ValueError(f"the checkpoint is of another student: {odd[0]}")
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            own[name].copy_(tensor)
+    states = {}
+    for name, value in checkpoint.groups["optimizer"].items():
+        number, key = name.split(".", 1)
+        states.setdefault(int(number), {})[key] = value
+    structure = optimizer.state_dict()
+    for group, options in zip(structure["param_groups"], checkpoint.facts["options"], strict=True):
+        group |= {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    optimizer.load_state_dict({"state": states, "param_groups": structure["param_groups"]})
+    if scheduler is not None:
+        scheduler.load_state_dict(checkpoint.facts["scheduler"])
+
+
+def random_state() -> dict:
+    """This process's random numbers, of torch (CPU and GPU), Python and numpy, as JSON can have
+    them."""
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "torch": _text(torch.get_rng_state()),
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _text(torch.cuda.get_rng_state())
+    return state
+
+
+def set_random_state(state: dict) -> None:
+    """Undo what was drawn since `random_state`."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+# -------------------------------------------------------------------------------- when to stop
+class Stop(BaseException):
+    """A signal asked the process to end; no `except Exception` on its way up may swallow it.
+
+    exit_code: 0 after SIGTERM, for ending when told is no failure; 130 after Ctrl-C, as shells
+        have it.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 130 if number == signal.SIGINT else 0
+
+
+class Interruptions:
+    """SIGTERM and Ctrl-C become a `Stop` wherever the program is, but not between `hold` and
+    `release`, where it would find weights without their line in the log: there it waits.
+
+    The first signal counts; what comes after it is ignored, so that a checkpoint can be written in
+    peace (SIGQUIT and SIGKILL still end everything at once). A signal that was ignored when the
+    program began, as Ctrl-C is in a background job, stays ignored. A context manager: on leaving,
+    handlers are what they were. Outside the main thread it does nothing.
+    """
+
+    def __init__(self):
+        self.number, self.held, self.before = None, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._arrived)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _arrived(self, number, _frame):
+        if self.number is None:
+            self.number = number
+            if not self.held:
+                raise Stop(number)
+
+    def hold(self, *_) -> None:
+        """From here on signals wait."""
+        self.held = True
+
+    def release(self) -> None:
+        """From here on they do not; one that came meanwhile, or got lost, is raised now."""
+        self.held = False
+        if self.number is not None:
+            raise Stop(self.number)
+
+
+# ------------------------------------------------------------------------------------ small pieces
+def _distinct(tensors: dict) -> dict:
+    """Of tied weights the first name only; safetensors stores no tensor twice."""
+    first = {}
+    for name, tensor in tensors.items():
+        first.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else name, name)
+    return {name: tensors[name].detach().contiguous() for name in first.values()}
+
+
+def _options(group: dict) -> dict:
+    return {k: v for k, v in group.items() if isinstance(v, int | float | tuple | list | None)
+            and k != "params"}  # fmt: skip
+
+
+def _text(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Checkpoints, oldest first; nothing else, and no links."""
+    found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)]
+    return sorted((p for p in found if not p.is_symlink()), key=step_of)
+
+
+def _clean(folder: Path) -> None:
+    for path in folder.glob("step-*.partial"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _number_in(message: str) -> int | None:
+    """The errno in an error of safetensors, which is no OSError but quotes one."""
+    found = re.search(r"os error (\d+)", message)
+    return int(found[1]) if found and int(found[1]) in errno.errorcode else None

@@ -1,0 +1,437 @@
+"""Runs that are stopped, killed, resumed, starved or fed nonsense: the real commands."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_benchmarks import load_benchmark
+from test_train import read_log, run_command
+
+import checkpoint
+import train
+
+soak = load_benchmark("soak")
+ROOT = Path(train.__file__).parent
+PYTHON = [sys.executable, ROOT / "train.py"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+FLAGS = (
+    "--difficulty 5 --steps 6 --prompts-per-step 6 --eval-every 3 --eval-count 6 --eval-samples 2 "
+    "--checkpoint-every 2 --threads 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    place = tmp_path_factory.mktemp("whole")
+    run_command(*PYTHON, *FLAGS, "--out", "run", cwd=place)
+    return place / "run"
+
+
+def injected(code: str, *flags, out="run"):
+    """`train.py` with some code run first, as a command line."""
+    argv = [*FLAGS, "--out", out, *map(str, flags)]
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+    return [sys.executable, "-c", script + textwrap.dedent(code) + f"\ntrain.main({argv!r})"]
+
+
+def ranks(code: str, cwd, *flags, seconds=120):
+    """The same in two processes without a launcher that would tidy up: [(exit code, stderr)]."""
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                                "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(injected(code, *flags), cwd=cwd, text=True, stderr=subprocess.PIPE,
+                         env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        return [(p.wait(seconds), p.stderr.read()) for p in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def assert_same(run, reference):
+    """Log but for its times, weights and optimizer, bit for bit."""
+    assert soak.lines_of(run) == soak.lines_of(reference)
+    assert soak.differences(run, reference) == []
+
+
+# ------------------------------------------------------------------------------------ told to stop
+def test_the_same_command_writes_the_same_log(whole, tmp_path):
+    """Same seed, same machine, same number of processes; and another seed does not."""
+    run_command(*PYTHON, *FLAGS, "--out", "run", cwd=tmp_path)
+    assert_same(tmp_path / "run", whole)
+    run_command(*PYTHON, *FLAGS, "--out", "other", "--seed", "1", cwd=tmp_path)
+    assert soak.lines_of(tmp_path / "other") != soak.lines_of(whole)
+
+
+STOP_AT = """
+import os, signal
+def stop(*_, calls=[0]):
+    calls[0] += 1
+    if calls[0] == {call}:
+        os.kill(os.getpid(), signal.{name})
+old = {where}
+def new(*args, **options):
+    stop()
+    return old(*args, **options)
+{where} = new
+"""
+
+
+@pytest.mark.parametrize(
+    "where, call, name",
+    [
+        ("train.sample", 2, "SIGTERM"),
+        ("train.evaluate.sample_answers", 2, "SIGINT"),
+        ("train.grading.grade", 1, "SIGTERM"),
+        ("train.update", 4, "SIGINT"),
+        ("train.torch.optim.AdamW.step", 3, "SIGTERM"),  # the weights are about to change: it waits
+        ("train.checkpoint.write", 1, "SIGINT"),  # so does it while a checkpoint is written
+        ("train.save_student", 1, "SIGTERM"),  # too late: the run is done
+    ],
+)
+def test_a_signal_writes_a_checkpoint_and_resume_goes_on(where, call, name, whole, tmp_path):
+    code = STOP_AT.format(where=where, call=call, name=name)
+    command = injected(code)
+    done = run_command(*command, cwd=tmp_path, fails=name == "SIGINT")
+    assert done.returncode == (130 if name == "SIGINT" else 0)
+    finished = (tmp_path / "run" / "student").exists()
+    assert finished == (where == "train.save_student")
+    last = done.stderr.replace("\r", "\n").strip().splitlines()
+    assert "Traceback" not in done.stderr
+    if not finished:
+        assert any(f"stopped by {name}; run/checkpoints/step-" in line for line in last)
+        assert "student" not in done.stdout
+        done = run_command(*PYTHON, *FLAGS, "--resume", "--out", "run", cwd=tmp_path)
+        assert "resuming from run/checkpoints/step-" in done.stderr
+    assert_same(tmp_path / "run", whole)
+
+
+def test_two_processes_stop_and_resume(tmp_path):
+    """torchrun forwards the signal to both; the checkpoint holds random numbers of both."""
+    for name in ("whole", "run"):
+        command = [*TORCHRUN, ROOT / "train.py", *FLAGS, "--resume", "--out", name]
+        if name == "run":
+            with open(tmp_path / "output.txt", "w") as output:
+                process = subprocess.Popen([str(c) for c in command], cwd=tmp_path, stderr=output,
+                                           start_new_session=True)
+            log = tmp_path / "run" / "log.jsonl"
+            while process.poll() is None and not (log.exists() and log.stat().st_size > 900):
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+            assert "stopped by SIGTERM" in (tmp_path / "output.txt").read_text()
+            assert not (tmp_path / "run" / "student").exists()
+            path = checkpoint.newest(tmp_path / "run")
+            assert len(checkpoint.read(path).facts["position"]["random"]) == 2
+        run_command(*command, cwd=tmp_path)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------ resume
+def test_resume_in_place_of_a_start_and_after_the_end(whole, tmp_path):
+    """Nothing there: it begins. A finished run: nothing changes. More steps: as if from the start,
+    and the last evaluation of the shorter run is kept beside the log."""
+    resume = [*PYTHON, *FLAGS, "--resume", "--out", "run"]
+    run_command(*resume, cwd=tmp_path)
+    assert_same(tmp_path / "run", whole)
+    run_command(*resume, cwd=tmp_path)
+    assert_same(tmp_path / "run", whole)
+    run_command(*resume, "--steps", "8", cwd=tmp_path)
+    run_command(*PYTHON, *FLAGS, "--steps", "8", "--out", "longer", cwd=tmp_path)
+    assert_same(tmp_path / "run", tmp_path / "longer")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [entry["step"] for entry in config["resumed"]] == [6, 6]
+    assert config["flags"]["steps"] == 8
+    assert '"ood"' in (tmp_path / "run" / "log.dropped.jsonl").read_text()
+
+
+def test_a_torn_checkpoint_costs_two_steps_and_no_more(whole, tmp_path):
+    run_command(*PYTHON, *FLAGS, "--out", "run", cwd=tmp_path)
+    for file in (tmp_path / "run" / "checkpoints" / "step-00000006").iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    done = run_command(*PYTHON, *FLAGS, "--resume", "--out", "run", cwd=tmp_path)
+    assert "step-00000006 is torn" in done.stderr and "resuming from run/checkpoints/step-00000004"
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder with a run on a file of problems, and the command that wrote it."""
+    place = tmp_path_factory.mktemp("begun")
+    problem = {"problem": "The dial starts at 3. Move 1 is plus 2. Where does it stop?"}
+    (place / "p.jsonl").write_text("\n".join([json.dumps(problem)] * 3))
+    command = [*FLAGS, "--out", "run", "--problems", "p.jsonl", "--max-new-tokens", "40"]
+    run_command(*PYTHON, *command, cwd=place)
+    return place, command
+
+
+REFUSED = {
+    "--lr 0.1": "other flags: --lr 0.001, now 0.1",
+    "--method opd --seed 3": "--method release, now opd; --mask release, now none; --seed 0, now 3",
+    "--steps 3": "--steps 3: run/checkpoints/step-00000006 is of a later step",
+}
+
+
+@pytest.mark.parametrize("flags", [*REFUSED, "problems", "config", "link", "log"])
+def test_resume_refuses_in_one_line(begun, flags, tmp_path, monkeypatch, capsys):
+    """Other flags, other problems, a broken folder: named before weights are loaded, and nothing
+    is touched."""
+    import shutil
+
+    place, command = begun
+    shutil.copytree(place, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setattr(preparing, "load_models", None)  # not reached
+    run, culprit = Path("run"), REFUSED.get(flags, "")
+    if flags == "problems":
+        Path("p.jsonl").write_text(Path("p.jsonl").read_text() + '\n{"problem": "?"}')
+        culprit = "run is a run on other problems"
+    elif flags == "config":
+        (run / "config.json").write_text("{")
+        culprit = "run/config.json: "
+    elif flags == "link":
+        (run / "student").rename("elsewhere")
+        (run / "student").symlink_to(Path("elsewhere").absolute())
+        culprit = "student is a link"
+    elif flags == "log":
+        (run / "log.jsonl").write_text("")
+        culprit = "run/log.jsonl has 0 bytes"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as left:
+        train.main([*command, "--resume", *(flags.split() if flags in REFUSED else ())])
+    message = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and len(message) == 1 and culprit in message[0], message
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_another_number_of_processes_goes_on_and_says_so(whole, tmp_path):
+    """Four steps of one process, then two of two: the same samples, so nearly the same log."""
+    run_command(*PYTHON, *FLAGS, "--out", "run", "--steps", "4", cwd=tmp_path)
+    command = [*TORCHRUN, ROOT / "train.py", *FLAGS, "--out", "run", "--resume"]
+    done = run_command(*command, cwd=tmp_path)
+    assert "processes 1, now 2: the run may go on otherwise" in done.stderr
+    (one, one_eval), (two, two_eval) = read_log(whole), read_log(tmp_path / "run")
+    for a, b in zip(one, two, strict=True):
+        assert a["kept_tokens"] == b["kept_tokens"] and abs(a["loss"] - b["loss"]) < 1e-3
+    assert [x["accuracy"] for x in one_eval] == [x["accuracy"] for x in two_eval]
+
+
+# ------------------------------------------------------------------------------------------ faults
+NONSENSE = """
+old, calls = train.grading.grade, [0]
+def grade(*args, **options):
+    grades = old(*args, **options)
+    calls[0] += 1
+    if calls[0] in {steps}:
+        grades.{field}[1, -9:] = {value}
+    return grades
+train.grading.grade = grade
+"""
+
+
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')"])
+def test_a_step_that_is_not_finite_is_skipped_logged_and_counted(value, tmp_path):
+    """The weights and the warm-up stay where they were; the run goes on."""
+    code = NONSENSE.format(steps=[2, 4, 5], field="logp_BT", value=value)
+    flags = ("--max-skipped-steps", "3", "--advantage-clip", "0", "--clip-grad", "0")
+    run_command(*injected(code, *flags), cwd=tmp_path)
+    lines, _ = read_log(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [0, 1, 0, 1, 1, 0]
+    assert lines[1]["loss"] is None and lines[2]["loss"] is not None
+    text = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text  # JSON has neither
+    facts = checkpoint.read(checkpoint.newest(tmp_path / "run")).facts
+    assert facts["position"]["skipped"] == 0 and facts["scheduler"]["last_epoch"] == 3
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_too_many_such_steps_in_a_row_end_the_run_with_the_batch(processes, tmp_path):
+    """The error names step and rollouts, the rows are saved, and a resumed run counts on."""
+    code = NONSENSE.format(steps=[3, 4, 5], field="logp_BT", value="float('nan')")
+    if processes == 1:
+        done = run_command(*injected(code, "--max-skipped-steps", "3"), cwd=tmp_path, fails=True)
+        results = [(done.returncode, done.stderr)]
+    else:
+        code = "import os\\nif os.environ['RANK'] == '1':\\n".replace("\\n", "\n")
+        code += textwrap.indent(
+            NONSENSE.format(steps=[3, 4, 5], field="logp_BT", value="float('nan')"), "    "
+        )
+        results = ranks(code, tmp_path, "--max-skipped-steps", "3")
+    row = 1 if processes == 1 else 4  # the second of each process's
+    for exit_code, stderr in results:
+        assert exit_code == 1 and "Traceback" not in stderr, stderr
+        last = stderr.strip().splitlines()[-1]
+        assert f"step 5: loss nan, gradient norm nan, the last of 3 such steps in a row; rollouts "\
+            f"{row} (problem " in stderr, last  # fmt: skip
+    saved = load_file(tmp_path / "run" / "faults" / f"step-5-rank{processes - 1}.safetensors")
+    assert saved["rollout_B"][1] == row and saved["teacher_logp_BT"][1].isnan().any()
+    assert saved["ids_BT"].shape == saved["advantage_BT"].shape == saved["keep_BT"].shape
+    assert not (tmp_path / "run" / "student").exists()
+    facts = checkpoint.read(checkpoint.newest(tmp_path / "run")).facts
+    assert facts["position"]["step"] == 4 and facts["position"]["skipped"] == 2
+    if processes == 1:  # the teacher has been mended
+        run_command(*PYTHON, *FLAGS, "--max-skipped-steps", "3", "--resume", "--out", "run",
+                    cwd=tmp_path)
+        assert [line["skipped"] for line in read_log(tmp_path / "run")[0]] == [0, 0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("signal_name", ["candidates", "spread"])
+def test_a_teacher_that_breaks_down_is_skipped_too(signal_name, tmp_path):
+    """The mask must not stumble over what the loss will find."""
+    code = """
+    old, calls = train.logprobs.token_stats, [0]
+    def token_stats(*args, **options):
+        stats = old(*args, **options)
+        calls[0] += 1
+        if calls[0] == 2:
+            stats.logp_BT[0] = float("nan")
+            if stats.candidate_logp_BTK is not None:
+                stats.candidate_logp_BTK[0] = float("nan")
+        return stats
+    train.logprobs.token_stats = token_stats
+    """
+    method = ["--method", "release"] if signal_name == "candidates" else ["--method", "std"]
+    run_command(*injected(code, *method, "--steps", "3"), cwd=tmp_path)
+    assert [line["skipped"] for line in read_log(tmp_path / "run")[0]] == [0, 1, 0]
+
+
+def test_a_rank_that_fails_ends_the_others_with_its_error(tmp_path):
+    code = """
+    import os
+    def update(*args, **options):
+        raise MemoryError("rank 1 is out of it")
+    if os.environ["RANK"] == "1":
+        train.update = update
+    """
+    (code_0, first), (code_1, second) = ranks(code, tmp_path, "--method", "opd")
+    assert code_0 == code_1 == 1
+    assert "Traceback" in second and "error: rank 1: MemoryError: rank 1 is out of it" in second
+    assert "rank 0 ends because of rank 1: MemoryError: rank 1 is out of it" in first
+    assert "Traceback" not in first
+
+
+@pytest.mark.parametrize("fate", ["os._exit(9)", "os.kill(os.getpid(), 9)", "time.sleep(600)"])
+def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(fate, tmp_path):
+    """It can say nothing; the other notices by itself, and leaves a checkpoint. (At the first
+    update of step 3; the third line of the log is not written.)"""
+    code = f"""
+    import os, time
+    old, calls = train.update, [0]
+    def update(*args, **options):
+        calls[0] += 1
+        if calls[0] == 3:
+            {fate}
+        return old(*args, **options)
+    if os.environ["RANK"] == "1":
+        train.update = update
+    """
+    flags = ("--method", "opd", "--timeout", "5", "--checkpoint-every", "0")
+    environment = textwrap.dedent(code)
+    began = time.monotonic()
+    started = ranks_until_first(environment, tmp_path, *flags)
+    assert started[0] == 1 and "rank 0: lost contact with another process" in started[1]
+    assert "Traceback" not in started[1]
+    assert time.monotonic() - began < 90
+    assert checkpoint.step_of(checkpoint.newest(tmp_path / "run")) == 2
+    assert len(read_log(tmp_path / "run")[0]) == 2
+
+
+def ranks_until_first(code, cwd, *flags):
+    """(exit code, stderr) of rank 0, whatever the other does."""
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                                "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    first, second = (
+        subprocess.Popen(injected(code, *flags), cwd=cwd, text=True, stderr=subprocess.PIPE,
+                         env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    )  # fmt: skip
+    try:
+        return first.wait(120), first.stderr.read()
+    finally:
+        first.kill()
+        second.kill()
+
+
+def test_bad_input_that_only_one_rank_has_is_said_by_rank_0(tmp_path):
+    code = """
+    import os
+    def load_models(*args):
+        raise ValueError("cannot see /data/teacher")
+    if os.environ["RANK"] == "1":
+        train.preparing.load_models = load_models
+    """
+    (code_0, first), (code_1, second) = ranks(code, tmp_path)
+    assert code_0 == code_1 == 2
+    assert first.strip() == "train.py: error: rank 1: cannot see /data/teacher" and not second
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("full", ["log.jsonl", "checkpoint", "student"])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(full, whole, tmp_path):
+    """No space for the log's last line, the last checkpoint, the result; then there is again."""
+    code = f"""
+    import errno
+    from pathlib import Path
+    if {full!r} == "log.jsonl":
+        import builtins
+        old, calls = train.checkpoint.Log.write, [0]
+        def write(self, line):
+            calls[0] += 1
+            if calls[0] == 7:
+                raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+            return old(self, line)
+        train.checkpoint.Log.write = write
+    elif {full!r} == "checkpoint":
+        old = train.checkpoint.save_file
+        def save_file(tensors, path):
+            if "step-00000006" in str(path):
+                Path(path).write_bytes(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return old(tensors, path)
+        train.checkpoint.save_file = save_file
+    else:
+        from transformers import PreTrainedModel
+        def save_pretrained(self, folder, **options):
+            Path(folder).mkdir()
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        PreTrainedModel.save_pretrained = save_pretrained
+    """
+    done = run_command(*injected(code), cwd=tmp_path, fails=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("train.py: error: OSError") and "No space left on device" in last
+    step = {"log.jsonl": 4, "checkpoint": 4, "student": 6}[full]
+    assert checkpoint.step_of(checkpoint.newest(tmp_path / "run")) == step
+    assert not (tmp_path / "run" / "student").exists()
+    run_command(*PYTHON, *FLAGS, "--resume", "--out", "run", cwd=tmp_path)
+    assert_same(tmp_path / "run", whole)
+
+
+def test_everything_in_a_checkpoint_is_used(whole):
+    """A resumed run that lost its moments, its schedule or its position is another run: the bit for
+    bit tests above would notice."""
+    found = checkpoint.read(checkpoint.newest(whole))
+    assert set(found.groups) == {"student", "optimizer"}
+    assert set(found.facts) == {"options", "scheduler", "position"}
+    moments = [k for k in found.groups["optimizer"] if k.endswith("exp_avg_sq")]
+    assert len(moments) == len(found.groups["student"])
+    assert all(isinstance(t, torch.Tensor) for t in found.groups["student"].values())
