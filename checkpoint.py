@@ -77,7 +77,8 @@ def make_folder(out: Path) -> None:
 def write_json(path: Path, content: dict) -> None:
     """The whole file or, whatever happens, the one that was there before."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
+    partial.unlink(missing_ok=True)  # it may be a link
+    with open(partial, "x") as file:
         file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -243,7 +244,7 @@ def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> 
     partial = target.with_name(target.name + ".partial")
     try:
         folder.mkdir(exist_ok=True)
-        if not target.exists() or what_is_torn(target):
+        if target.is_symlink() or not target.exists() or what_is_torn(target):
             _clean(folder)
             partial.mkdir()
             for name, tensors in groups.items():
@@ -263,7 +264,7 @@ def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> 
         _remove(partial)
         number = error.errno if isinstance(error, OSError) else _number_in(str(error))
         reason = os.strerror(number) if number else str(error)
-        raise OSError(number, f"checkpoint of step {step}: {reason}", str(target)) from error
+        raise OSError(number or 0, f"checkpoint of step {step}: {reason}", str(target)) from error
     return target
 
 
@@ -285,6 +286,13 @@ def newest(out: Path) -> Path | None:
     return None
 
 
+def last_written(out: Path) -> Path | None:
+    """As `newest`, but unchecked, and so without reading it again."""
+    folder = Path(out) / "checkpoints"
+    found = _steps(folder) if folder.is_dir() else []
+    return found[-1] if found else None
+
+
 def step_of(path: Path) -> int:
     """The step of a checkpoint, by the name of its folder."""
     return int(path.name.removeprefix("step-"))
@@ -294,15 +302,16 @@ def what_is_torn(path: Path) -> str:
     """Which file of a checkpoint is not what was written, and how; "" if it is whole."""
     try:
         sums = json.loads((path / "checksums.json").read_text())
-        links = [file.name for file in path.iterdir() if file.is_symlink()]
-        if links:
-            return f"{links[0]} is a link"
-        for name in sums.keys() | {"facts.json"}:
-            if not re.fullmatch(r"[a-z]+\.(safetensors|json)", name):
-                return f"checksums.json names {name!r}"
-            if _sha256(path / name) != sums[name]:
+        files = {file.name: file for file in path.iterdir()}
+        odd = sums.keys() ^ (files.keys() - {"checksums.json"}) | ({"facts.json"} - sums.keys())
+        if odd:
+            return f"{min(odd)} is missing, in the folder or in checksums.json"
+        for name, file in files.items():
+            if file.is_symlink():
+                return f"{name} is a link"
+            if name != "checksums.json" and _sha256(file) != sums[name]:
                 return f"{name} has another checksum"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"checksums.json: {type(error).__name__}: {error}"
     return ""
 
@@ -470,7 +479,9 @@ def _clean(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if path.is_symlink():  # the link, not what it leads to
+        path.unlink()
+    elif path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
 
 

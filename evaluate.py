@@ -345,7 +345,8 @@ def parse_arguments(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=dtypes, help="default float32 on a CPU, else bfloat16")
     add("--threads", type=number(int, 1), help="CPU threads; one is best for toy models")
-    add("--trust-remote-code", action="store_true")
+    add("--trust-remote-code", action="store_true", help="run code that comes with a model")
+    add("--allow-bin", action="store_true", help="read pickled weights where there are no others")
     add("--out", metavar="FILE", help="JSON with everything; must not exist")
     args = parser.parse_args(argv)
     if args.problems and (args.toy or args.difficulty):
@@ -417,7 +418,9 @@ def run(args):
     print("model    mean@n           95%  pass@n  truncated  unparseable  tokens")
     for name, (path, tokenizer, prompts, vocab_size) in models.items():
         dtype = getattr(torch, args.dtype)
-        model = loading.load_model(path, dtype=dtype, device=args.device, **trust)
+        model = loading.load_model(
+            path, dtype=dtype, device=args.device, allow_bin=args.allow_bin, **trust
+        )
         options["stop_ids"] = loading.stop_ids(model, tokenizer)
         options["pad_id"] = loading.pad_id(tokenizer)
         options |= {"generator": torch.Generator().manual_seed(args.seed)}

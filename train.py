@@ -535,7 +535,7 @@ def all_random_states(run: Run) -> list[dict]:
 
 
 def train(run: Run, out: Path) -> list[dict]:
-    """The loop: evaluate, step, log, now and then a checkpoint; returns the evaluation lines.
+    """The loop: evaluate, step, log, now and then a checkpoint; returns the log, on rank 0.
 
     Whatever ends it early, rank 0 first writes a checkpoint of the last line of the log.
     """
@@ -551,7 +551,7 @@ def train(run: Run, out: Path) -> list[dict]:
     finally:
         if log is not None:
             log.close()
-    return [line for line in log.lines if "accuracy" in line] if log is not None else []
+    return log.lines if log is not None else []
 
 
 def steps(run: Run, out: Path, log) -> None:
@@ -623,7 +623,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def guarded(args, parser: loading.Parser, interruptions: checkpoint.Interruptions) -> int:
     """The command but for its first and last moments; returns the exit code."""
-    out, sentences = Path(args.out), None
+    out, sentences, begun = Path(args.out), None, None
     try:
         try:
             run, resume, device = set_up(args, out)
@@ -631,6 +631,7 @@ def guarded(args, parser: loading.Parser, interruptions: checkpoint.Interruption
             load_and_begin(run, out, resume, device)
         except ValueError as error:
             parser.error(str(error))
+        begun = out  # before, an older run may lie there
         train_and_save(run, out)
         return 0
     except SystemExit as bad_input:
@@ -638,8 +639,8 @@ def guarded(args, parser: loading.Parser, interruptions: checkpoint.Interruption
     except (checkpoint.Stop, Exception) as error:
         interruptions.hold()  # what else comes is too late
         if interruptions.number is None:
-            return end_with_error(out, error)
-        return end_when_told(out, checkpoint.Stop(interruptions.number))
+            return end_with_error(begun, error)
+        return end_when_told(begun, checkpoint.Stop(interruptions.number))
     finally:  # nothing is to wait for sentences that nobody wants any more
         interruptions.hold()
         if sentences is not None:
@@ -686,10 +687,11 @@ def load_and_begin(run: Run, out: Path, resume: Resume | None, device: torch.dev
 
 def train_and_save(run: Run, out: Path) -> None:
     """The run itself, and what came of it."""
-    evaluations = train(run, out)
+    lines = train(run, out)
     run.interruptions.hold()
     if run.rank == 0:
         save_student(run, out)
+        evaluations = [line for line in lines if "accuracy" in line]
         for line in evaluations[:1] + evaluations[-1:]:
             print(
                 "step {step}: mean@{samples} {accuracy:.3f}, 95% interval {accuracy_low:.3f} to "
@@ -698,26 +700,29 @@ def train_and_save(run: Run, out: Path) -> None:
         ood = [line["ood"]["accuracy"] for line in evaluations if "ood" in line]
         if ood:
             print(f"out of domain: {ood[0]:.3f} before, {ood[-1]:.3f} after")
+        skipped = sum(line.get("skipped", 0) > 0 for line in lines)
+        if skipped:
+            print(f"{skipped} steps were skipped: loss or gradient was not finite")
         print(f"wrote {out}/config.json, log.jsonl, student/")
     if dist.is_initialized():
         dist.barrier()  # nobody leaves before rank 0 has saved
 
 
 # --------------------------------------------------------------------------------- ends before time
-def end_when_told(out: Path, stop: checkpoint.Stop) -> int:
-    """After SIGTERM or Ctrl-C: say how to go on; returns the exit code."""
+def end_when_told(out: Path | None, stop: checkpoint.Stop) -> int:
+    """After SIGTERM or Ctrl-C: say how to go on; returns the exit code. out: None if the run has
+    not begun."""
     rank = int(os.environ.get("RANK", 0))
     if rank == 0:
-        checkpoint.forget_faults(out)
-        path = checkpoint.newest(out)
+        path = checkpoint.last_written(out) if out else None
         how = f"{path} is written, --resume goes on from there" if path else "nothing was written"
         print(f"\ntrain.py: stopped by {stop}; {how}", file=sys.stderr, flush=True)
-    else:  # perhaps it is the only one that was told
+    elif out:  # perhaps it is the only one that was told
         checkpoint.first_fault(out, f"rank {rank}: stopped by {stop}")
     return stop.exit_code
 
 
-def end_with_error(out: Path, error: Exception) -> int:
+def end_with_error(out: Path | None, error: Exception) -> int:
     """After an error: the process in which it happened says so, on stderr and for the others in
     faults/; the others, which only lost contact, name that one.  Returns the exit code."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -727,10 +732,9 @@ def end_with_error(out: Path, error: Exception) -> int:
         text = f"lost contact with another process: {error}"
     if world > 1:
         text = f"rank {rank}: {text}"
-        first = checkpoint.first_fault(out, text)
+        first = checkpoint.first_fault(out, text) if out else text
         if first != text:
-            text = f"rank {rank} ends because of {first}"
-            lost = True
+            text, lost = f"rank {rank} ends because of {first}", True
     if not lost and not isinstance(error, FloatingPointError | OSError):
         traceback.print_exception(error)
     print(f"\ntrain.py: error: {text}", file=sys.stderr, flush=True)

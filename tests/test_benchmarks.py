@@ -283,3 +283,29 @@ def test_the_readme_shows_rows_that_the_commands_wrote():
         assert line.strip() in written, line
     for name in re.findall(r"results/[\w.-]+\.(?:png|json|md)", (ROOT / "README.md").read_text()):
         assert (ROOT / name).exists(), name
+
+
+def test_soak(tmp_path):
+    """A short form of it, and that it would see what it looks for."""
+    figures, _ = last_line("benchmarks/soak.py", "--kills", "3", "--seed", "5")
+    assert figures["kills"] == 3 and figures["mismatches"] == 0 and figures["resumes"] <= 3
+    assert sum(figures["where"].values()) == 3 and figures["runs"] >= 1
+
+    soak = load_benchmark("soak")
+    line = {"step": 1, "loss": 0.5, "seconds": {"total": 1.0}}
+    for name in ("one", "two"):
+        out = tmp_path / name
+        (out / "student").mkdir(parents=True)
+        (out / "student" / "model").write_bytes(b"12")
+        (out / "log.jsonl").write_text(json.dumps(line) + "\n")
+        soak.checkpoint.write(out, 1, {"student": {"a": torch.ones(2)}}, {})
+        line["seconds"] = {"total": 2.0}
+    assert soak.differences(out, tmp_path / "one") == [] == soak.broken(out)
+    (out / "student" / "model").write_bytes(b"13")
+    assert soak.differences(out, tmp_path / "one") == ["student"]
+    (out / "log.jsonl").write_text(json.dumps(line | {"loss": 0.25}) + "\n")
+    assert soak.differences(out, tmp_path / "one") == ["log.jsonl", "student"]
+    soak.checkpoint.write(out, 2, {"student": {"a": torch.zeros(2)}}, {})
+    assert soak.differences(out, tmp_path / "one") == ["log.jsonl", "student", "checkpoint"]
+    (soak.checkpoint.newest(out) / "facts.json").write_text("{")
+    assert soak.broken(out) == ["step-00000002: facts.json has another checksum"]

@@ -148,12 +148,12 @@ def test_the_last_two_are_kept_and_nothing_else_is_touched(tmp_path):
     (out / "checkpoints" / "step-00000001").symlink_to(tmp_path / "elsewhere")
     (out / "checkpoints" / "step-00000000.partial").symlink_to(tmp_path / "elsewhere")
     (out / "checkpoints" / "mine").mkdir()
+    (out / "checkpoints" / "step-00000009").symlink_to(tmp_path / "elsewhere")
     for step in (2, 5, 9, 100):
         path = checkpoint.write(out, step, GROUPS, {"step": step})
         assert checkpoint.newest(out) == path and checkpoint.step_of(path) == step
     names = sorted(p.name for p in (out / "checkpoints").iterdir())
-    assert names == ["mine", "step-00000000.partial", "step-00000001", "step-00000009",
-                     "step-00000100"]  # fmt: skip
+    assert names == ["mine", "step-00000001", "step-00000009", "step-00000100"]
     assert (tmp_path / "elsewhere" / "thesis.txt").read_text() == "do not touch"
     assert content(path)[1] == {"step": 100}
 
@@ -166,8 +166,7 @@ DAMAGE = {
         bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]
     ),
     "gone": lambda file: file.unlink(),
-    "link": lambda file: (file.rename(file.with_suffix(".x")),
-                          file.symlink_to(file.with_suffix(".x"))),
+    "link": lambda file: file.symlink_to(file.rename(file.parents[2] / "elsewhere")),
 }  # fmt: skip
 
 
@@ -249,7 +248,10 @@ def test_killed_at_every_file_operation_of_the_result(tmp_path):
     for event in range(1000):
         out = tmp_path / str(event)
         out.mkdir()
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        (out / "student.partial").symlink_to(tmp_path / "elsewhere")
         checkpoint.replace_folder(out, "student", fill("old"))
+        assert not list((tmp_path / "elsewhere").iterdir())
 
         def work(event=event, out=out):
             die_at(event, out)

@@ -1,6 +1,9 @@
 """Files, prompts and models from outside: what is read, and what is refused in one line."""
 
 import json
+import pickle
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,5 +277,39 @@ def test_broken_weights_are_refused(folder, tmp_path):
         if name == "pickled":
             weights.unlink()
             torch.save(state, path / "pytorch_model.bin")
-        with pytest.raises(ValueError, match=str(path)):
+        with pytest.raises(ValueError, match=str(path)) as caught:
             load(path)
+        assert ("--allow-bin" in str(caught.value)) == (name == "pickled")
+
+
+def test_pickled_weights_are_read_when_told_and_only_there(folder, tmp_path):
+    """Without a word they are not; with safetensors beside them, those are read all the same."""
+    model = tiny_model(byte_tokenizer(), seed=3)
+    model.save_pretrained(tmp_path / "m")
+    other = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    torch.save(other, tmp_path / "m" / "pytorch_model.bin")
+
+    def first(path):
+        options = {"dtype": torch.float32, "device": "cpu", "allow_bin": True}
+        return next(loading.load_model(path, **options).parameters())
+
+    assert torch.equal(first(tmp_path / "m"), next(model.parameters()))
+    (tmp_path / "m" / "model.safetensors").unlink()
+    assert torch.equal(first(tmp_path / "m"), next(model.parameters()) + 1)
+    hostile = tmp_path / "hostile"
+    shutil.copytree(tmp_path / "m", hostile)
+    with open(hostile / "pytorch_model.bin", "wb") as file:
+        pickle.dump(Hostile(tmp_path / "ran"), file, protocol=2)
+    with pytest.raises(ValueError, match=str(hostile)):
+        first(hostile)
+    assert not (tmp_path / "ran").exists()
+
+
+class Hostile:
+    """Unpickled without restraint, it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)

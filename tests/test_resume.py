@@ -16,6 +16,7 @@ from test_benchmarks import load_benchmark
 from test_train import read_log, run_command
 
 import checkpoint
+import preparing
 import train
 
 soak = load_benchmark("soak")
@@ -253,7 +254,8 @@ def test_a_step_that_is_not_finite_is_skipped_logged_and_counted(value, tmp_path
     """The weights and the warm-up stay where they were; the run goes on."""
     code = NONSENSE.format(steps=[2, 4, 5], field="logp_BT", value=value)
     flags = ("--max-skipped-steps", "3", "--advantage-clip", "0", "--clip-grad", "0")
-    run_command(*injected(code, *flags), cwd=tmp_path)
+    done = run_command(*injected(code, *flags), cwd=tmp_path)
+    assert "3 steps were skipped: loss or gradient was not finite" in done.stdout
     lines, _ = read_log(tmp_path / "run")
     assert [line["skipped"] for line in lines] == [0, 1, 0, 1, 1, 0]
     assert lines[1]["loss"] is None and lines[2]["loss"] is not None
