@@ -23,6 +23,8 @@ Decisions where the paper is silent:
 Letters: R rollouts of the whole batch, B of them in this process, T tokens.
 """
 
+from numbers import Integral
+
 import torch
 
 CONTROLS = ("prefix", "shuffled", "random", "std")
@@ -34,7 +36,7 @@ def apportion(wanted_R, capacity_R, total: int) -> torch.Tensor:
     wanted_R, capacity_R: int64 [R], >= 0; total: from 0 to the sum of the capacities.
     Returns int64 [R]. What is missing is shared out in proportion to the room left, what is too
     much taken back in proportion to what there is, by largest remainders (ties to the first).
-    Raises ValueError for a negative number or a total that does not fit.
+    Raises ValueError for a negative or fractional number or a total that does not fit.
 
     >>> apportion(torch.tensor([0, 0, 0]), torch.tensor([10, 20, 30]), 31)     # proportional
     tensor([ 5, 10, 16])
@@ -47,9 +49,12 @@ def apportion(wanted_R, capacity_R, total: int) -> torch.Tensor:
     if wanted_R.shape != capacity_R.shape or wanted_R.dim() != 1:
         shapes = tuple(wanted_R.shape), tuple(capacity_R.shape)
         raise ValueError(f"wanted_R and capacity_R must be [R], got shapes {shapes}")
+    if len(wanted_R) and (wanted_R.is_floating_point() or capacity_R.is_floating_point()):
+        raise ValueError("wanted_R and capacity_R must be whole numbers")
+    wanted_R, capacity_R = wanted_R.long(), capacity_R.long()  # products of counts need 64 bits
     if len(wanted_R) and min(int(wanted_R.min()), int(capacity_R.min())) < 0:
         raise ValueError("wanted_R and capacity_R must not be negative")
-    if not 0 <= total <= int(capacity_R.sum()):
+    if not isinstance(total, Integral) or not 0 <= total <= int(capacity_R.sum()):
         raise ValueError(f"total must be from 0 to {int(capacity_R.sum())}, got {total}")
     count_R = torch.minimum(wanted_R, capacity_R)
     missing = total - int(count_R.sum())
@@ -70,11 +75,17 @@ def _shares(amount: int, weight_R: torch.Tensor) -> torch.Tensor:
 
 def first_tokens(count_B: torch.Tensor, response_mask_BT: torch.Tensor) -> torch.Tensor:
     """Keep mask [B, T] of the first `count_B` response tokens of every row.
+    Raises ValueError for a mask that is not bool [B, T], or counts that are not [B].
 
     >>> first_tokens(torch.tensor([2, 0]), torch.tensor([[False, True, True, True]] * 2)).int()
     tensor([[0, 1, 1, 0],
             [0, 0, 0, 0]], dtype=torch.int32)
     """
+    if response_mask_BT.dtype != torch.bool or response_mask_BT.dim() != 2:
+        raise ValueError(f"response_mask_BT must be bool [B, T], got {response_mask_BT.dtype}, "
+                         f"shape {tuple(response_mask_BT.shape)}")  # fmt: skip
+    if count_B.shape != response_mask_BT.shape[:1]:
+        raise ValueError(f"count_B must be [B], got shape {tuple(count_B.shape)}")
     place_BT = response_mask_BT.cumsum(dim=1)
     return response_mask_BT & (place_BT <= count_B.to(place_BT.device)[:, None])
 
@@ -89,10 +100,24 @@ def spend(kind, response_mask_BT, length_R, kept_R, wanted_R, *, first_row=0, ge
     wanted_R: int64, of kind "std": how many its own change point would keep; otherwise unused.
     generator: a CPU generator in the same state on every process.
     Returns a new bool [B, T]; over all processes exactly sum(kept_R) tokens are true.
-    Raises ValueError for an unknown kind or rows that do not have the lengths given.
+    Raises ValueError for an unknown kind, rows that do not have the lengths given, or counts that
+    are not int64 from 0 to these lengths.
     """
     if kind not in CONTROLS:
         raise ValueError(f"kind must be one of {', '.join(CONTROLS)}, got {kind!r}")
+    counts = {"length_R": length_R, "kept_R": kept_R}
+    counts |= {"wanted_R": wanted_R} if kind == "std" else {}
+    for name, count_R in counts.items():
+        if not isinstance(count_R, torch.Tensor) or count_R.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64, got {count_R!r}")
+        if count_R.shape != length_R.shape or count_R.dim() != 1 or bool((count_R < 0).any()):
+            raise ValueError(f"{name} must be [R], as length_R is, and >= 0, got {count_R}")
+    if bool((kept_R > length_R).any()):
+        raise ValueError(f"kept_R must not exceed length_R, got {kept_R} of {length_R}")
+    if response_mask_BT.dtype != torch.bool or response_mask_BT.dim() != 2:
+        raise ValueError("response_mask_BT must be bool [B, T]")
+    if not isinstance(first_row, Integral) or first_row < 0:
+        raise ValueError(f"first_row must be a whole number >= 0, got {first_row}")
     rows = slice(first_row, first_row + len(response_mask_BT))
     if not torch.equal(response_mask_BT.sum(dim=1).cpu(), length_R[rows]):
         raise ValueError(f"the rows from {first_row} on do not have the lengths in length_R")

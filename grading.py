@@ -20,6 +20,7 @@ a union of candidates, N segments.
 import contextlib
 import dataclasses
 import multiprocessing
+import numbers
 import os
 import signal
 import sys
@@ -50,11 +51,17 @@ def micro_batches(length_B, most_rows: int = 0, most_tokens: int = 0) -> list[to
         any number. A row that is longer than most_tokens is alone.
     Returns the row numbers of each, int64 on the device of length_B: micro-batches from the longest
     rows to the shortest, and the rows of each in the order of the batch, so that a batch that fits
-    into one is computed as it stands.
+    into one is computed as it stands. Raises ValueError for lengths that are not 1-D, or limits
+    that are not whole numbers >= 0.
 
     >>> [rows.tolist() for rows in micro_batches(torch.tensor([4, 9, 3, 4, 2]), most_tokens=12)]
     [[1], [0, 2, 3], [4]]
     """
+    if length_B.dim() != 1:
+        raise ValueError(f"length_B must be 1-D, got shape {tuple(length_B.shape)}")
+    for name, most in (("most_rows", most_rows), ("most_tokens", most_tokens)):
+        if not isinstance(most, numbers.Integral) or most < 0:
+            raise ValueError(f"{name} must be a whole number >= 0, got {most}")
     order_B = length_B.argsort(descending=True, stable=True)
     pieces, longest = [], 0
     for row, length in zip(order_B.tolist(), length_B[order_B].tolist(), strict=True):
@@ -69,10 +76,13 @@ def micro_batches(length_B, most_rows: int = 0, most_tokens: int = 0) -> list[to
 
 def columns_up_to_last(mask_BT: torch.Tensor) -> torch.Tensor:
     """How many columns of each row reach up to its last true one, int64 [B]; 0 without one.
+    Raises ValueError for a mask that is not bool [B, T].
 
     >>> columns_up_to_last(torch.tensor([[False, True, False], [False, False, False]]))
     tensor([2, 0])
     """
+    if mask_BT.dtype != torch.bool or mask_BT.dim() != 2 or mask_BT.shape[1] == 0:
+        raise ValueError(f"mask_BT must be bool [B, T], not {mask_BT.dtype} {tuple(mask_BT.shape)}")
     column_T = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)
     return (mask_BT * column_T).amax(dim=1)
 

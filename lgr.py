@@ -44,6 +44,7 @@ union; of a slice R rows that have leaves, Q leaves per row, L columns of its ma
 import inspect
 import math
 import platform
+from numbers import Integral
 
 import torch
 
@@ -64,9 +65,13 @@ def trigger(
     Give it the student's entropy: the teacher's is what decays along the rollout (paper, section
     on the trigger).
 
+    Raises ValueError unless the mask is bool and both have one shape.
+
     >>> trigger(torch.tensor([[0.9, 0.1, 0.3]]), torch.tensor([[False, True, True]])).tolist()
     [[False, False, True]]
     """
+    if response_mask_BT.dtype != torch.bool or response_mask_BT.shape != entropy_BT.shape:
+        raise ValueError(f"response_mask_BT must be bool of shape {tuple(entropy_BT.shape)}")
     return (entropy_BT > threshold) & response_mask_BT
 
 
@@ -300,7 +305,8 @@ def lookahead_confidence(
         followed_BT = response_mask_BT.roll(-1, dims=1)
         followed_BT[:, -1] = False
         trigger_BT = trigger_BT & followed_BT
-        if (next_BT[trigger_BT] >= len(weight_VD)).any():
+        next_N = next_BT[trigger_BT]
+        if ((next_N < 0) | (next_N >= len(weight_VD))).any():
             raise ValueError(f"ids_BT holds ids outside the vocabulary of {len(weight_VD)}")
     if not trigger_BT.any():
         return confidence_BTK
@@ -368,16 +374,23 @@ def _check_arguments(
             f"candidates_BTK {tuple(candidates_BTK.shape)} does not fit "
             f"ids_BT {tuple(ids_BT.shape)}"
         )
-    if hidden_BTD is not None and (cache is None or hidden_BTD.shape[:2] != ids_BT.shape):
+    weight_VD = model.get_output_embeddings().weight
+    hidden_shape = (*ids_BT.shape, weight_VD.shape[1])
+    if hidden_BTD is not None and (cache is None or hidden_BTD.shape != hidden_shape):
         raise ValueError("hidden_BTD must come with the cache of the same pass over ids_BT")
+    if hidden_BTD is not None and hidden_BTD.dtype != weight_VD.dtype:
+        if not torch.is_autocast_enabled(hidden_BTD.device.type):
+            raise ValueError(f"hidden_BTD is {hidden_BTD.dtype}, the head {weight_VD.dtype}")
+    known = model.get_input_embeddings().weight.shape[0]
+    if cache is None and ids_BT.numel() and not 0 <= int(ids_BT.min()) <= int(ids_BT.max()) < known:
+        raise ValueError(f"ids_BT holds {int(ids_BT.min())}..{int(ids_BT.max())}, not ids of model")
     if signal not in SIGNALS:
         raise ValueError(f"signal must be one of {', '.join(SIGNALS)}, not {signal!r}")
     for name, value in (("nodes_per_slice", nodes_per_slice), ("chunk", chunk)):
-        if value < 1:
+        if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
-    weight_VD = model.get_output_embeddings().weight
     vocab_size = len(weight_VD) if vocab_size is None else vocab_size
-    if not 1 <= vocab_size <= len(weight_VD):
+    if not isinstance(vocab_size, Integral) or not 1 <= vocab_size <= len(weight_VD):
         raise ValueError(f"vocab_size must be in 1..{len(weight_VD)}, not {vocab_size}")
     used = candidates_BTK[trigger_BT & response_mask_BT]
     if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < vocab_size:
@@ -407,7 +420,7 @@ def group_reward(
         all candidates are equal or alone.
 
     Raises:
-        ValueError: unknown `normalize`, negative `eps`.
+        ValueError: unknown `normalize`, negative `eps`, confidences that are no floats in groups.
 
     >>> [round(r, 3) for r in group_reward(torch.tensor([0.9, 0.5, 0.1, 0.1])).tolist()]
     [1.306, 0.261, -0.783, -0.783]
@@ -418,12 +431,16 @@ def group_reward(
         raise ValueError(f'normalize must be "std" or "mean", not {normalize!r}')
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, not {eps}")
+    shape = tuple(confidence_BTK.shape)
+    if not confidence_BTK.is_floating_point() or not shape or shape[-1] < 1:
+        raise ValueError(f"confidence_BTK must be floats [.., K >= 1], not {shape}")
     c_BTK = confidence_BTK.double()
     reward_BTK = c_BTK - c_BTK.mean(dim=-1, keepdim=True)
     if normalize == "std" and c_BTK.shape[-1] > 1:
         reward_BTK = reward_BTK / (c_BTK.std(dim=-1, keepdim=True) + eps)
     spread_BT1 = c_BTK.amax(dim=-1, keepdim=True) - c_BTK.amin(dim=-1, keepdim=True)
-    is_group_BT1 = (spread_BT1 > 0) & spread_BT1.isfinite()  # false for a nan, too
+    # false for a nan, too; the squares of what is below 1e-150 would underflow
+    is_group_BT1 = (spread_BT1 > 1e-150) & spread_BT1.isfinite()
     return torch.where(is_group_BT1, reward_BTK, 0.0).to(confidence_BTK.dtype)
 
 
@@ -431,11 +448,15 @@ def sampled_reward(
     reward_BTK: torch.Tensor, candidates_BTK: torch.Tensor, ids_BT: torch.Tensor
 ) -> torch.Tensor:
     """The reward [B, T] of the token that was sampled; 0 where it is not in the group.
+    Raises ValueError for shapes that do not fit.
 
     >>> sampled_reward(torch.tensor([[[1.5, -0.5]] * 3]), torch.tensor([[[7, 8]] * 3]),
     ...                torch.tensor([[7, 8, 9]])).tolist()
     [[1.5, -0.5, 0.0]]
     """
+    shapes = [tuple(x.shape) for x in (reward_BTK, candidates_BTK, ids_BT)]
+    if shapes[0] != shapes[1] or shapes[0][:-1] != shapes[2] or shapes[0][-1:] in ((), (0,)):
+        raise ValueError(f"reward_BTK, candidates_BTK and ids_BT do not fit: {shapes}")
     is_sampled_BTK = candidates_BTK == ids_BT[..., None]
     first_BT1 = is_sampled_BTK.int().argmax(dim=-1, keepdim=True)
     reward_BT = reward_BTK.gather(-1, first_BT1)[..., 0]
@@ -448,11 +469,15 @@ def union_candidates(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both models' most likely tokens, side by side: ids [B, T, U] and bool [B, T, U], false on
     the teacher's where the student has the same token.  Student's first, in their order.
+    Raises ValueError for shapes that do not fit.
 
     >>> ids, valid = union_candidates(torch.tensor([[[5, 3]]]), torch.tensor([[[3, 9]]]))
     >>> ids.tolist(), valid.tolist()
     ([[[5, 3, 3, 9]]], [[[True, True, False, True]]])
     """
+    shapes = tuple(student_ids_BTK.shape), tuple(teacher_ids_BTK.shape)
+    if () in shapes or shapes[0][:-1] != shapes[1][:-1]:
+        raise ValueError(f"student_ids_BTK {shapes[0]} and teacher_ids_BTK {shapes[1]} do not fit")
     known_BTK = (teacher_ids_BTK[..., None] == student_ids_BTK[..., None, :]).any(dim=-1)
     valid_BTU = torch.cat([torch.ones_like(student_ids_BTK, dtype=torch.bool), ~known_BTK], dim=-1)
     return torch.cat([student_ids_BTK, teacher_ids_BTK], dim=-1), valid_BTU
@@ -478,10 +503,19 @@ def topk_loss(
     Returns:
         loss_BT, in nats.
 
+    Raises:
+        ValueError: shapes that differ, log-probs that are no floats, a mask that is not bool.
+
     >>> logp = torch.tensor([0.5, 0.25]).log()
     >>> topk_loss(logp, logp, torch.tensor([True, True]), torch.tensor([0.3, 0.0])).item()
     -0.20000001788139343
     """
+    given = [student_logp_BTU, teacher_logp_BTU, valid_BTU, reward_BTU]
+    shapes = [tuple(x.shape) for x in given if x is not None]
+    if len(set(shapes)) > 1 or shapes[0] == ():
+        raise ValueError(f"student_logp_BTU and the others must have one shape, not {shapes}")
+    if not all(x.is_floating_point() for x in given[:2]) or valid_BTU.dtype != torch.bool:
+        raise ValueError("student_logp_BTU, teacher_logp_BTU must be floats, valid_BTU bool")
     student_BTU = student_logp_BTU.masked_fill(~valid_BTU, -torch.inf).log_softmax(dim=-1)
     teacher_BTU = teacher_logp_BTU.masked_fill(~valid_BTU, -torch.inf).log_softmax(dim=-1)
     gain_BTU = teacher_BTU if reward_BTU is None else teacher_BTU + reward_BTU

@@ -37,6 +37,7 @@ K candidates, N selected positions, C positions in a chunk.
 import math
 import platform
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -46,6 +47,7 @@ HAS_ONEDNN = (
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
+COLDEST = 1e-30  # logits divided by less than this overflow in float32
 LARGE = 2**18  # entries of a head; below, oneDNN's preparations take longer than it saves
 BUFFERS = {"logprobs": 2, "rkl": 3, "fkl": 3, "jsd": 4}  # [chunk, V] each
 
@@ -296,9 +298,11 @@ def _apply(plan: _Plan, tensors: tuple, scale_N, select_BT) -> torch.Tensor:
 
 def _select(mask_BT, like_BT, temperature, chunk) -> torch.Tensor:
     """Check the arguments that concern positions: the selected ones, [B, T-1]."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
-    if chunk is not None and chunk < 1:
+    if not temperature >= COLDEST:
+        raise ValueError(f"temperature must be positive, not {temperature}; at least {COLDEST}")
+    if like_BT.shape[1] == 0:
+        raise ValueError(f"hidden_BTD and ids_BT hold no tokens: {tuple(like_BT.shape)}")
+    if chunk is not None and not (isinstance(chunk, Integral) and chunk >= 1):
         raise ValueError(f"chunk must be at least 1 position, not {chunk}")
     if mask_BT is None:
         mask_BT = torch.ones_like(like_BT, dtype=torch.bool)
@@ -315,7 +319,7 @@ def _flatten(hidden_BTD, weight_VD, select_BT, vocab_size, names=("hidden_BTD", 
             f"{names[1]} {tuple(weight_VD.shape)} does not fit hidden width {hidden_BTD.shape[2]}"
         )
     vocab_size = weight_VD.shape[0] if vocab_size is None else vocab_size
-    if not 1 <= vocab_size <= weight_VD.shape[0]:
+    if not isinstance(vocab_size, Integral) or not 1 <= vocab_size <= weight_VD.shape[0]:
         raise ValueError(f"vocab_size must be in 1..{weight_VD.shape[0]}, not {vocab_size}")
     hidden_ND = hidden_BTD[:, :-1][select_BT]
     if vocab_size < len(weight_VD):  # the gradient of a slice is a copy of the whole
@@ -336,6 +340,8 @@ def _prepare(hidden_BTD, weight_VD, ids_BT, mask_BT, vocab_size, temperature, ch
             f"hidden_BTD {tuple(hidden_BTD.shape)} and ids_BT {tuple(ids_BT.shape)} do not fit: "
             "expected [B, T, D] and [B, T]"
         )
+    if ids_BT.dtype != torch.int64:
+        raise ValueError(f"ids_BT must be int64, not {ids_BT.dtype}")
     select_BT = _select(mask_BT, ids_BT, temperature, chunk)
     hidden_ND, weight_VD = _flatten(hidden_BTD, weight_VD, select_BT, vocab_size)
     ids_N = ids_BT[:, 1:][select_BT]
@@ -354,6 +360,8 @@ def _select_candidates(candidates_BTK, ids_BT, select_BT, V) -> torch.Tensor:
             f"candidates_BTK {tuple(candidates_BTK.shape)} does not fit "
             f"ids_BT {tuple(ids_BT.shape)}"
         )
+    if candidates_BTK.dtype != torch.int64:
+        raise ValueError(f"candidates_BTK must be int64, not {candidates_BTK.dtype}")
     candidates_NK = candidates_BTK[:, 1:][select_BT]
     if candidates_NK.numel() and not (candidates_NK.min() >= 0 and candidates_NK.max() < V):
         raise ValueError(f"candidates_BTK holds ids outside the vocabulary of {V}")
@@ -469,7 +477,7 @@ def token_stats(
         hidden_BTD, weight_VD, ids_BT, mask_BT, vocab_size, temperature, chunk
     )
     V = weight_VD.shape[0]
-    if not 0 <= top_k <= V:
+    if not isinstance(top_k, Integral) or not 0 <= top_k <= V:
         raise ValueError(f"top_k must be in 0..{V}, not {top_k}")
     candidates_NK = None
     if candidates_BTK is not None:
@@ -570,17 +578,17 @@ def token_divergence(
             f"hidden_BTD {shape} and teacher_hidden_BTE {teacher_shape} do not fit: "
             "expected [B, T, D] and [B, T, E]"
         )
-    if vocab_size is None and len(weight_VD) != len(teacher_weight_VE):
-        raise ValueError(
-            f"weight_VD has {len(weight_VD)} rows and teacher_weight_VE {len(teacher_weight_VE)}: "
-            "vocab_size must say how many of them are tokens of both"
-        )
-    select_BT = _select(mask_BT, hidden_BTD[..., 0], temperature, chunk)
+    select_BT = _select(mask_BT, hidden_BTD.new_empty(shape[:2]), temperature, chunk)
     student = _flatten(hidden_BTD, weight_VD, select_BT, vocab_size)
     teacher = _flatten(
         teacher_hidden_BTE.detach(), teacher_weight_VE.detach(), select_BT, vocab_size,
         ("teacher_hidden_BTE", "teacher_weight_VE"),
     )
+    if len(student[1]) != len(teacher[1]):
+        raise ValueError(
+            f"weight_VD has {len(weight_VD)} rows and teacher_weight_VE {len(teacher_weight_VE)}: "
+            "vocab_size must say how many of them are tokens of both"
+        )
     tensors = *student, *teacher
     scale_N = _select_weight(loss_weight_BT, select_BT, student[0])
     plan = _Plan(kind, temperature, _chunk_size(chunk, student[1]), beta)

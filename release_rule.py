@@ -30,6 +30,8 @@ import numbers
 
 import numpy as np
 
+TINY = 1e-300  # divided by any number of segments this is still above 0, and so has a logarithm
+
 
 @dataclasses.dataclass(frozen=True)
 class ChangePoint:
@@ -56,8 +58,8 @@ def change_point(scores_N, *, min_segments: int = 2, eps: float = 1e-12) -> Chan
 
     scores_N: 1-D floats (array, list or torch tensor), nats. Not modified.
     min_segments: fewest segments on either side of the drop, >= 1.
-    eps: floor added to both sums of squares, > 0. Fits closer than sqrt(eps / n) per score look
-        perfect to the rule, so a larger eps ignores small drops; 1e-12 is the paper's value.
+    eps: floor added to both sums of squares, at least TINY. Fits closer than sqrt(eps / n) per
+        score look perfect to the rule, so a larger eps ignores small drops; 1e-12 is the paper's.
     Raises ValueError for scores that are not 1-D numbers, or a bad min_segments or eps.
 
     Doubling the scores (or adding to them) moves no decision, as long as RSS >> eps.
@@ -72,8 +74,8 @@ def change_point(scores_N, *, min_segments: int = 2, eps: float = 1e-12) -> Chan
     """
     if not _is_integer(min_segments) or min_segments < 1:
         raise ValueError(f"min_segments must be an integer >= 1, got {min_segments!r}")
-    if not isinstance(eps, numbers.Real) or not 0 < eps < math.inf:
-        raise ValueError(f"eps must be a finite number > 0, got {eps!r}")
+    if not isinstance(eps, numbers.Real) or not TINY <= eps < math.inf:
+        raise ValueError(f"eps must be a finite number >= {TINY}, got {eps!r}")
     scores_N = _as_series(scores_N)
     n = scores_N.size
     undefined = ChangePoint(kept=None, gain=0.0, bic0=math.nan, bic1=math.inf)
@@ -137,7 +139,12 @@ def keep_mask(segment_T, kept: int | None) -> np.ndarray:
     >>> keep_mask([-1, 0, 0, 1, 2, 2, -1], None).astype(int)
     array([0, 1, 1, 1, 1, 1, 0])
     """
-    segment_T = np.asarray(segment_T)
+    if kept is not None and (not _is_integer(kept) or kept < 0):
+        raise ValueError(f"kept must be None or an integer >= 0, got {kept!r}")
+    try:
+        segment_T = np.asarray(segment_T)
+    except (TypeError, ValueError, RuntimeError) as error:  # a ragged list; a tensor with gradient
+        raise ValueError(f"segment_T must be 1-D integers, got {segment_T!r}") from error
     if segment_T.ndim != 1:
         raise ValueError(f"segment_T must be 1-D, got shape {segment_T.shape}")
     if segment_T.size == 0:
@@ -146,8 +153,6 @@ def keep_mask(segment_T, kept: int | None) -> np.ndarray:
         raise ValueError(f"segment_T must hold integers >= -1, got {segment_T!r}")
     if kept is None:
         return segment_T >= 0
-    if not _is_integer(kept) or kept < 0:
-        raise ValueError(f"kept must be None or an integer >= 0, got {kept!r}")
     return (segment_T >= 0) & (segment_T < kept)
 
 
@@ -179,7 +184,7 @@ def _as_series(scores_N) -> np.ndarray:
         scores_N = scores_N.detach().cpu().double()
     try:
         series_N = np.asarray(scores_N, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"scores_N must be a 1-D array of floats, got {scores_N!r}") from error
     if series_N.ndim != 1:
         raise ValueError(f"scores_N must be 1-D, got shape {series_N.shape}")

@@ -37,9 +37,12 @@ import platform
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
+
+COLDEST = 1e-30  # logits divided by less than this, other than 0, overflow in float32
 
 
 @dataclass
@@ -214,6 +217,8 @@ def check_arguments(
     batch_size: int | None,
     vocab_size: int,
     known_ids: int,
+    eos_ids: Iterable[int],
+    pad_id: int,
 ) -> None:
     """Raise ValueError, naming the argument and the value, for anything `generate` cannot do."""
     if len(prompts) == 0:
@@ -223,14 +228,23 @@ def check_arguments(
             raise ValueError(f"prompts[{row}] is empty: a causal LM needs at least one token")
         if min(prompt) < 0 or max(prompt) >= known_ids:
             raise ValueError(f"prompts[{row}] holds ids outside the model's {known_ids}")
-    if max_new_tokens < 1:
+        if torch.as_tensor(prompt).is_floating_point():  # would be cut to whole numbers unseen
+            raise ValueError(f"prompts[{row}] holds numbers that are no ids")
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature must be a finite number >= 0, not {temperature}")
-    if not 1 <= top_k <= vocab_size:
+    if not 0 <= temperature < math.inf or 0 < temperature < COLDEST:
+        raise ValueError(
+            f"temperature must be a finite number >= 0, not {temperature}; if not 0, at least "
+            f"{COLDEST}"
+        )
+    if not isinstance(top_k, Integral) or not 1 <= top_k <= vocab_size:
         raise ValueError(f"top_k must be between 1 and the vocabulary's {vocab_size}, not {top_k}")
-    if batch_size is not None and batch_size < 1:
+    if batch_size is not None and not (isinstance(batch_size, Integral) and batch_size >= 1):
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if not isinstance(eos_ids, Iterable) or not all(isinstance(i, Integral) for i in eos_ids):
+        raise ValueError(f"eos_ids must hold whole numbers, not {eos_ids}")
+    if not isinstance(pad_id, Integral) or not 0 <= pad_id < known_ids:  # the model reads padding
+        raise ValueError(f"pad_id must be one of the model's {known_ids} ids, not {pad_id}")
 
 
 @torch.no_grad()
@@ -272,12 +286,14 @@ def generate(
     """
     head_rows = model.get_output_embeddings().weight.shape[0]
     vocab_size = head_rows if vocab_size is None else vocab_size
-    if not 1 <= vocab_size <= head_rows:
+    if not isinstance(vocab_size, Integral) or not 1 <= vocab_size <= head_rows:
         raise ValueError(f"vocab_size must be in 1..{head_rows}, not {vocab_size}")
     known_ids = model.get_input_embeddings().weight.shape[0]
+    eos_ids = list(eos_ids) if isinstance(eos_ids, Iterable) else eos_ids  # it may be an iterator
     check_arguments(
-        prompts, max_new_tokens, temperature, top_k, batch_size, vocab_size, known_ids
-    )
+        prompts, max_new_tokens, temperature, top_k, batch_size, vocab_size, known_ids, eos_ids,
+        pad_id,
+    )  # fmt: skip
     columns = max(len(prompt) for prompt in prompts) + max_new_tokens
     check_model(model, columns)
     was_training = model.training
@@ -326,7 +342,7 @@ class _Sampler:
             truncated_B=torch.zeros(shape[0], dtype=torch.bool, device=device),
         )
         for row, prompt in enumerate(self.prompts):
-            out.ids_BT[row, : len(prompt)] = torch.tensor(prompt, device=device)
+            out.ids_BT[row, : len(prompt)] = torch.as_tensor(prompt, device=device)
         self.cache = SlotCache(slots, self.columns)
         self.slot_S = torch.arange(slots, device=device)
         # of every live slot: its row, the column of the next token to feed, and that token

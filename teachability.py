@@ -173,7 +173,7 @@ def token_segments(tokenizer, ids_T, splitter=None) -> torch.Tensor:
     splitter: an object with `span_tokenize(text)`, or a function text -> [(start, end), ...] in
         order; None for `sentence_splitter("auto")`, loaded once per process.
     Returns int64 [T] on the CPU: 0-based, non-decreasing, every number up to the last one used.
-    Raises ValueError for ids_T that is not 1-D.
+    Raises ValueError for ids_T that is not 1-D, or holds what cannot be an id.
 
     >>> class Words:
     ...     vocabulary = ["It", " is", " 3.14", ".", " So", " what", "?", ""]  # 7: EOS
@@ -237,6 +237,8 @@ def token_spans(tokenizer, ids_T) -> tuple[str, torch.Tensor]:
     if ids_T.numel() == 0:
         return "", torch.zeros(0, 2, dtype=torch.int64)
     ids = ids_T.tolist()
+    if not 0 <= min(ids) <= max(ids) < 2**31:  # tokenizers count in 32 bits
+        raise ValueError(f"ids_T must hold token ids, got {min(ids)}..{max(ids)}")
     decode = tokenizer if isinstance(tokenizer, KnownTexts) else KnownTexts(tokenizer)
     text = decode(ids)
     anchor = _anchor(decode, ids)
