@@ -29,7 +29,6 @@ import random
 import re
 import shutil
 import signal
-import tempfile
 import threading
 import warnings
 from dataclasses import dataclass
@@ -46,22 +45,22 @@ INSIDE = ("config.json", "log.jsonl", "log.dropped.jsonl", "checkpoints", "stude
 
 # ------------------------------------------------------------------------------------- the folder
 def check_folder(out: Path, resume: bool = False) -> None:
-    """ValueError unless a run could be written to `out`, or resumed from it; leaves no trace."""
+    """ValueError unless `out` is a run, to be moved aside or resumed, or there is nothing yet."""
     out = Path(out)
-    try:
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out} is a file")
-        names = [path.name for path in out.iterdir()] if out.exists() else []
-        names = [name for name in names if not name.endswith(".partial")]
-        if names and "config.json" not in names:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file")
+    paths = out.iterdir() if out.exists() else ()
+    names = [path.name for path in paths if not path.name.endswith(".partial")]
+    if names and not (resume and "config.json" in names):  # a broken one is told by read_config
+        try:
+            is_run = read_config(out) is not None
+        except ValueError:  # models have a config.json, too
+            is_run = False
+        if not is_run:
             raise ValueError(f"--out {out} holds files that are not a run; name another folder")
-        for name in INSIDE if resume else ():
-            if (out / name).is_symlink():
-                raise ValueError(f"--out {out}: {name} is a link; a run stays in its own folder")
-        place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-        os.rmdir(tempfile.mkdtemp(dir=place))
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+    for name in INSIDE if resume else ():
+        if (out / name).is_symlink():
+            raise ValueError(f"--out {out}: {name} is a link; a run stays in its own folder")
 
 
 def make_folder(out: Path) -> None:

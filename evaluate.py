@@ -23,6 +23,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import numbers
 import operator
 import os
 import platform
@@ -30,6 +31,7 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -41,7 +43,7 @@ from tqdm import tqdm
 import loading
 import rollout
 import toy
-from loading import number
+from loading import MANY, MOST_THREADS, TINY, number, place
 
 # -------------------------------------------------------------------------------------- answers
 
@@ -74,8 +76,8 @@ def extract_answer(text):
             opened.append(None if match[0] == "{" else match.end())
     if last:
         return text[last]
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else None
+    found = _NUMBER.findall(text)
+    return found[-1] if found else None
 
 
 _REWRITES = [
@@ -138,7 +140,10 @@ def is_correct(answer, reference, *, timeout=5.0):
     """
     if answer is None:
         return False
-    answer, reference = str(answer).strip(), str(reference).strip()
+    try:
+        answer, reference = str(answer).strip(), str(reference).strip()
+    except ValueError:  # a number of thousands of digits
+        return False
     if answer == reference or not answer or not reference:
         return answer == reference != ""
     if max(len(answer), len(reference)) > LONGEST_ANSWER:
@@ -238,8 +243,10 @@ def bootstrap_interval(values_P, *, level=0.95, resamples=2000, seed=0):
     values_P = np.asarray(values_P, dtype=np.float64)
     if values_P.ndim != 1 or values_P.size == 0 or not np.isfinite(values_P).all():
         raise ValueError(f"values_P must be finite numbers in one axis; shape {values_P.shape}")
-    if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"need 0 < level < 1 and resamples >= 1; got {level=}, {resamples=}")
+    whole = all(isinstance(value, numbers.Integral) for value in (resamples, seed))
+    if not 0 < level < 1 or not whole or resamples < 1 or seed < 0:
+        what = "0 < level < 1 and whole numbers resamples >= 1, seed >= 0"
+        raise ValueError(f"need {what}; got {level=}, {resamples=}, {seed=}")
     rng, P = np.random.default_rng(seed), len(values_P)
     chunk = max(1, 1_000_000 // P)  # resamples at a time: 8 MB of indices
     sizes = [min(chunk, resamples - done) for done in range(0, resamples, chunk)]
@@ -279,6 +286,25 @@ def sample_answers(
                 records[i].append(_record(tokenizer, ids_T[mask_T].tolist(), problems[i], stops))
             bar.update(len(part))
     return records
+
+
+@torch.no_grad()
+def check_sampling(path, model, prompts, max_new_tokens):
+    """ValueError that begins with `path`, before anything is written, if `rollout.generate` would
+    refuse the model for these prompts, or if its tokens see later ones, as an encoder's do."""
+    prompt = prompts[0][:8]
+    try:
+        rollout.check_model(model, max(map(len, prompts)) + max_new_tokens)
+        ids_BT = torch.tensor([prompt], device=model.device)
+        alone_V, first_V = (model(input_ids=x).logits[0, 0] for x in (ids_BT[:, :1], ids_BT))
+        if (alone_V - first_V).abs().max() > 0.05 * alone_V.abs().max():
+            raise ValueError(f"{type(model).__name__} is not causal: tokens see later ones")
+        new = min(2, max_new_tokens)  # a second token shows whether the cache is used
+        rollout.generate(
+            model, [prompt], max_new_tokens=new, eos_ids=(), pad_id=0, temperature=0, top_k=1
+        )
+    except (ValueError, RuntimeError) as error:  # sizes that do not fit together are the latter
+        raise ValueError(f"{path}: {loading.first_line(error)}") from error
 
 
 def _record(tokenizer, ids, problem, stops):
@@ -325,18 +351,22 @@ def summarise(records, *, level=0.95, resamples=2000, seed=0):
 # ------------------------------------------------------------------------------------------- CLI
 
 
-def parse_arguments(argv=None):
-    """The command line, checked as far as that goes without opening anything."""
+def make_parser():
+    """The flags."""
     parser = loading.Parser(
         prog="evaluate.py", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     add, dtypes = parser.add_argument, ["float32", "bfloat16", "float16"]
-    add("--model", metavar="PATH", help="folder or hub name; default: both models of --toy")
-    add("--problems", metavar="FILE", help="JSONL; see the top of this file")
+    add("--model", type=place, metavar="PATH",
+        help="folder or hub name; default: both models of --toy")  # fmt: skip
+    add("--problems", type=place, metavar="FILE", help="JSONL; see the top of this file")
     add("--toy", choices=list(toy.WORLDS), help="a toy world's problems; default horizon")
-    add("--difficulty", type=number(int, 1), help="moves per toy problem (default: the world's)")
-    add("--count", type=number(int, 1), help="toy problems (default 200); with a file: its first N")
-    add("--samples", type=number(int, 1), help="responses per problem (default 4; 1 when greedy)")
+    add("--difficulty", type=number(int, 1, toy.MAX_MOVES),
+        help="moves per toy problem (default: the world's)")  # fmt: skip
+    add("--count", type=number(int, 1, MANY),
+        help="toy problems (default 200); with a file: its first N")  # fmt: skip
+    add("--samples", type=number(int, 1, MANY),
+        help="responses per problem (default 4; 1 when greedy)")  # fmt: skip
     add("--max-new-tokens", type=number(int, 1), help="default: what the toy task needs, or 4096")
     add("--temperature", type=number(float, 0), default=1.0, help="0 is greedy")
     add("--batch-size", type=number(int, 1), default=64, help="responses in flight")
@@ -344,15 +374,24 @@ def parse_arguments(argv=None):
     add("--thinking", action="store_true", help="render prompts in the template's thinking mode")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=dtypes, help="default float32 on a CPU, else bfloat16")
-    add("--threads", type=number(int, 1), help="CPU threads; one is best for toy models")
+    add("--threads", type=number(int, 1, MOST_THREADS),
+        help="CPU threads; one is best for toy models")  # fmt: skip
     add("--trust-remote-code", action="store_true", help="run code that comes with a model")
     add("--allow-bin", action="store_true", help="read pickled weights where there are no others")
-    add("--out", metavar="FILE", help="JSON with everything; must not exist")
+    add("--out", type=place, metavar="FILE", help="JSON with everything; must not exist")
+    return parser
+
+
+def parse_arguments(argv=None):
+    """The command line, checked as far as that goes without opening anything."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.problems and (args.toy or args.difficulty):
         parser.error("--problems excludes --toy and --difficulty")
     if args.problems and not args.model:
         parser.error("--problems needs --model")
+    if 0 < args.temperature < TINY:  # logits over less are infinite
+        parser.error(f"--temperature {args.temperature} is neither 0 nor at least {TINY}")
     if args.temperature == 0 and (args.samples or 1) > 1:
         parser.error("--temperature 0 is greedy: all samples are the same, use --samples 1")
     args.samples = args.samples or (1 if args.temperature == 0 else 4)
@@ -378,11 +417,14 @@ def _prepare(args):
     needs no weights."""
     if args.out and os.path.lexists(args.out):
         raise ValueError(f"--out {args.out}: exists already; nothing is overwritten")
-    if args.out and not os.access(Path(args.out).resolve().parent, os.W_OK):
-        raise ValueError(f"--out {args.out}: cannot write into that folder")
+    if args.out:
+        loading.check_creatable("--out", args.out)
+        if not os.path.basename(args.out) or not Path(args.out).absolute().parent.is_dir():
+            raise ValueError(f"--out {args.out}: needs a folder that is there and a name in it")
     try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        with warnings.catch_warnings(action="ignore"):
+            torch.zeros(1, device=args.device).item()
+    except Exception as error:  # what a missing back end raises is its own affair
         raise ValueError(f"--device {args.device}: {loading.first_line(error)}") from error
     if args.problems:
         problems = loading.load_problems(args.problems)[: args.count]
@@ -404,6 +446,18 @@ def _prepare(args):
     return problems, models
 
 
+def _load(args, path, tokenizer, prompts, vocab_size):
+    """(model, what sampling needs to know about it); ValueError if it cannot answer a prompt."""
+    dtype, trust = getattr(torch, args.dtype), args.trust_remote_code
+    model = loading.load_model(
+        path, dtype=dtype, device=args.device, trust_remote_code=trust, allow_bin=args.allow_bin
+    )
+    stop_ids, pad_id = loading.stop_ids(model, tokenizer), loading.pad_id(tokenizer)
+    options = {"stop_ids": stop_ids, "pad_id": pad_id, "vocab_size": vocab_size}
+    check_sampling(path, model, prompts, args.max_new_tokens)
+    return model, options
+
+
 def run(args):
     """Evaluate as told and print the table; returns the object that --out writes."""
     if args.threads:
@@ -414,18 +468,12 @@ def run(args):
     result["hardware"] = gpu or platform.processor() or platform.machine()
     options = {"samples": args.samples, "max_new_tokens": args.max_new_tokens}
     options |= {"temperature": args.temperature, "batch_size": args.batch_size}
-    trust = {"trust_remote_code": args.trust_remote_code}
+    loaded = {name: _load(args, *model) for name, model in models.items()}  # before any output
     print("model    mean@n           95%  pass@n  truncated  unparseable  tokens")
-    for name, (path, tokenizer, prompts, vocab_size) in models.items():
-        dtype = getattr(torch, args.dtype)
-        model = loading.load_model(
-            path, dtype=dtype, device=args.device, allow_bin=args.allow_bin, **trust
-        )
-        options["stop_ids"] = loading.stop_ids(model, tokenizer)
-        options["pad_id"] = loading.pad_id(tokenizer)
-        options |= {"generator": torch.Generator().manual_seed(args.seed)}
-        options["vocab_size"] = vocab_size
-        records = sample_answers(model, tokenizer, problems, prompts, **options)
+    for name, (path, tokenizer, prompts, _) in models.items():
+        model, own = loaded.pop(name)
+        own["generator"] = torch.Generator().manual_seed(args.seed)
+        records = sample_answers(model, tokenizer, problems, prompts, **options, **own)
         s = summarise(records, seed=args.seed)
         if args.toy and (uncertain := toy.world(args.toy).uncertain):
             texts = [record["text"] for samples in records for record in samples]
@@ -439,7 +487,12 @@ def run(args):
         )
     if args.out:
         with open(args.out, "x", encoding="utf-8") as file:  # never over one that came meanwhile
-            json.dump(result, file, indent=1)
+            try:
+                file.write(json.dumps(result, indent=1))
+                file.flush()
+            except OSError:  # a full disk: rather none than half of one
+                os.unlink(args.out)
+                raise
     return result
 
 
@@ -451,7 +504,7 @@ def main(argv=None):
     try:
         result = run(args)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"evaluate.py: error: {loading.first_line(error)}", file=sys.stderr)
+        loading.complain("evaluate.py", error)
         return 2
     print(json.dumps({name: part["summary"] for name, part in result["models"].items()}))
     return 0

@@ -16,7 +16,7 @@ import controls
 import lgr
 import logprobs
 import toy
-from loading import BIG, TINY, Parser, number
+from loading import BIG, MANY, MOST_THREADS, TINY, Parser, number, place
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ FLAGS = {
         ("--thinking", False, "render prompts in thinking mode", {}),
     ],
     "sampling": [
-        ("--prompts-per-step", (64, 128), "prompts per step, over all processes", {"low": 1}),
-        ("--rollouts-per-prompt", 1, "responses to each", {"low": 1}),
+        ("--prompts-per-step", (64, 128), "prompts per step, over all processes",
+         {"low": 1, "high": MANY}),
+        ("--rollouts-per-prompt", 1, "responses to each", {"low": 1, "high": MANY}),
         ("--max-new-tokens", None, "longest response (default what toy problems need, else 8192)",
          {"type": number(int, 1, BIG), "metavar": "N"}),
         ("--temperature", 1.0, "of sampling; the student is scored at the same one", {"low": TINY}),
@@ -104,7 +105,7 @@ FLAGS = {
         ("--splitter", "auto", "NLTK's pretrained English Punkt, or an untrained one",
          {"choices": ["auto", "pretrained", "untrained"]}),
         ("--sentence-workers", (1, 4), "processes that split sentences while the teacher computes, "
-         "per process; 0: none", {}),
+         "per process; 0: none", {"high": MOST_THREADS}),
         ("--budget", "release", "of masks prefix, shuffled, random, std: as many tokens of every "
          "batch as the release rule keeps; own (std): as many as its own change point keeps",
          {"choices": ["release", "own"]}),
@@ -154,13 +155,14 @@ FLAGS = {
         ("--eval-problems", None, "JSONL with answers; toys have theirs", {"metavar": "FILE"}),
         ("--ood-problems", None, "JSONL with answers of another kind, evaluated first and last, to "
          "notice forgetting; toys have theirs", {"metavar": "FILE"}),
-        ("--eval-count", 200, "problems", {"low": 1}),
-        ("--eval-samples", 4, "answers per problem", {"low": 1}),
+        ("--eval-count", 200, "problems", {"low": 1, "high": MANY}),
+        ("--eval-samples", 4, "answers per problem", {"low": 1, "high": MANY}),
         ("--device", None, "(default cuda where there is one)", {"choices": ["cpu", "cuda"]}),
         ("--dtype", None, "of matrix products (default bfloat16 for real students on cuda, else "
          "float32)", {"choices": DTYPES}),
         ("--save-dtype", ("float32", "bfloat16"), "of the saved student", {"choices": DTYPES}),
-        ("--threads", (1, 0), "CPU threads per process; 0: PyTorch's choice", {}),
+        ("--threads", (1, 0), "CPU threads per process; 0: PyTorch's choice",
+         {"high": MOST_THREADS}),
     ],
 }  # fmt: skip
 
@@ -179,6 +181,8 @@ def make_parser() -> Parser:
                 options["action"] = "store_true"
             elif isinstance(real, int | float):
                 options |= {"type": number(type(real), low, high), "metavar": "N"}
+            elif "choices" not in options:
+                options.setdefault("type", place)
             if isinstance(default, tuple):
                 text += f" (default {default[0]} | with --student {default[1]})"
                 default = None
@@ -209,6 +213,9 @@ def parse(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU here")
     check_combination(parser, args)
+    for name in ("RANK", "WORLD_SIZE"):
+        if not os.environ.get(name, "1").isdecimal():
+            parser.error(f"{name}={os.environ[name]!r} in the environment is not a whole number")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.prompts_per_step * args.rollouts_per_prompt < world:
         parser.error(f"--prompts-per-step {args.prompts_per_step} is less than {world} processes")

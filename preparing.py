@@ -20,6 +20,7 @@ import torch
 import transformers
 
 import checkpoint
+import evaluate
 import grading
 import lgr
 import loading
@@ -231,6 +232,8 @@ def load_models(run: Run, device: torch.device) -> None:
         )  # fmt: skip
         loading.check_head(flag, model, run.prompts[0][:8])
         if is_student:
+            every = run.prompts + run.eval_prompts + run.ood_prompts
+            evaluate.check_sampling(path, model, every, args.max_new_tokens)
             run.model = model.train()  # dropout is 0; checkpointing works in training mode only
         else:
             run.teacher = model.requires_grad_(False)

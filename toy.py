@@ -38,7 +38,6 @@ The weights depend on the seed and, through float32 rounding, on the machine; th
 texts depend on the seed only.
 """
 
-import argparse
 import math
 import random
 import re
@@ -49,15 +48,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+import loading
 
 ASSETS = Path(__file__).resolve().parent / "assets" / "toy"
 MARKS, MAX_AMOUNT, MAX_MOVES = 16, 5, 12
@@ -192,7 +188,8 @@ def dial_problem(rng, moves):
 
 def reverse_problem(rng, length=None):
     """One list to reverse, of 2 to 4 marks unless told: {"problem": str, "answer": str}."""
-    marks = [str(rng.randrange(MARKS)) for _ in range(length or rng.randint(2, 4))]
+    length = rng.randint(2, 4) if length is None else length
+    marks = [str(rng.randrange(MARKS)) for _ in range(length)]
     return {
         "problem": f"Reverse the list: {', '.join(marks)}.",
         "answer": ", ".join(reversed(marks)),
@@ -231,7 +228,7 @@ def dial_response(
     mark = int(re.match(r"The dial starts at (\d+)\.", text)[1])
     if isinstance(horizon, tuple):
         horizon = horizon[mark % len(horizon)]
-    parts = [f"The dial starts at {mark}."]
+    parts, number = [f"The dial starts at {mark}."], 0
     for number, word, amount in re.findall(r"Move (\d+) is (plus|minus) (\d+)", text)[:cut]:
         source, amount = mark, int(amount)
         garbled = int(number) > horizon and corruption and rng.random() < corruption
@@ -503,10 +500,8 @@ def require(folder):
 def load(folder):
     """(float32 model in eval mode, tokenizer) of a local folder; ValueError if there is none."""
     require(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
-    )
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = loading.load_model(folder, dtype=torch.float32, device="cpu")
+    return model, loading.load_tokenizer(folder)
 
 
 def spoil(base, noise, folder, *, seed=0, steps=None):
@@ -564,6 +559,7 @@ def in_order(names):
 
 def train_models(out, names, base, *, seed=0, steps=None):
     """Train the named models into `out`; those not in RECIPES start from the teacher in `base`."""
+    refuse_overwrite([out / name for name in names], force=True)
     tokenizer, noise = build_tokenizer(), {w.teacher.name: w.noise for w in WORLDS.values()}
     for name in in_order(names):
         if name not in RECIPES:
@@ -579,8 +575,10 @@ def train_models(out, names, base, *, seed=0, steps=None):
 
 
 def refuse_overwrite(folders, force):
-    """FileExistsError naming the first of the folders that exists, unless `force`."""
+    """FileExistsError naming the first of the folders that exists, unless `force`, or is a file."""
     for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise FileExistsError(f"{folder} is a file; name another --out")
         if folder.exists() and not force:
             raise FileExistsError(f"{folder} exists; pass --force to overwrite it")
 
@@ -650,57 +648,68 @@ def table(folders, moves, *, count=200):
 # ----------------------------------------------------------------------------------------- main
 
 
-def parse(argv):
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Rebuild the offline toy world (tiny students and teachers), or look at it."
-    )
-    parser.error = lambda message: parser.exit(2, f"toy.py: error: {message}\n")
-    add = parser.add_argument
-    add("--out", type=Path, default=ASSETS, help="folder of the model folders (%(default)s)")
-    add("--world", metavar="NAME", help="build what this world needs and --out lacks: "
-        + ", ".join(WORLDS))  # fmt: skip
-    add("--horizon", type=int, metavar="H", help="build one more teacher from the clean one: the "
-        f"last move it knows, 0 to {MAX_MOVES}")  # fmt: skip
-    add("--corruption", type=float, metavar="C", help="with --horizon: share of the moves after H "
-        "that are garbled in its training data, 0 to 1")  # fmt: skip
+def make_parser():
+    """The flags."""
+    parser = loading.Parser(
+        prog="toy.py", allow_abbrev=False,
+        description="Rebuild the offline toy world (tiny students and teachers), or look at it.",
+    )  # fmt: skip
+    add, number = parser.add_argument, loading.number
+    add("--out", type=loading.place, metavar="FOLDER", default=str(ASSETS),
+        help="folder of the model folders (%(default)s)")  # fmt: skip
+    add("--world", metavar="NAME", choices=list(WORLDS), help="build what this world needs and "
+        "--out lacks: " + ", ".join(WORLDS))  # fmt: skip
+    add("--horizon", type=number(int, 0, MAX_MOVES), metavar="H", help="build one more teacher "
+        f"from the clean one: the last move it knows, 0 to {MAX_MOVES}")  # fmt: skip
+    add("--corruption", type=number(float, 0, 1), metavar="C", help="with --horizon: share of the "
+        "moves after H that are garbled in its training data, 0 to 1")  # fmt: skip
     add("--table", action="store_true", help="build nothing, print the accuracy table of --out")
-    add("--seed", type=int, default=0, help="seed of weights and data (%(default)s)")
-    add("--steps", type=int, help="training steps of every stage, for smoke tests")
-    add("--threads", type=int, default=1, help="CPU threads; 1 is fastest here (%(default)s)")
+    add("--seed", type=number(int, 0, 2**31), metavar="N", default=0,
+        help="seed of weights and data (%(default)s)")  # fmt: skip
+    add("--steps", type=number(int, 1), metavar="N",
+        help="training steps of every stage, for smoke tests")  # fmt: skip
+    add("--threads", type=number(int, 1, loading.MOST_THREADS), metavar="N", default=1,
+        help="CPU threads; 1 is fastest here (%(default)s)")  # fmt: skip
     add("--force", action="store_true", help="overwrite model folders that exist; with "
         "--world: train its teacher anew")  # fmt: skip
+    return parser
 
-    return parser.parse_args(argv)
+
+def parse(argv):
+    """The command line, checked as far as that goes without opening anything."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    args.out, another = Path(args.out), args.horizon is not None
+    if args.table and (args.world or another or args.steps or args.force):
+        parser.error("--table builds nothing: --world, --horizon, --steps, --force exclude it")
+    if args.world and (another or args.corruption is not None):
+        parser.error("--world and --horizon/--corruption exclude each other")
+    if another != (args.corruption is not None):
+        parser.error("--horizon and --corruption go together; one of them is missing")
+    return args
 
 
 def run(args):
     """Build or print what the arguments ask for; ValueError or OSError names what is wrong."""
-    for name in ("threads", "steps"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1; got {value}")
     torch.set_num_threads(args.threads)
     if args.table:
+        parts = []
         for forks, moves in ((False, (2, 6, 9, 12)), (True, (1, 2, 4, 6))):
             chosen = [w for w in map(world, SHIPPED) if bool(w.uncertain) == forks]
             names = dict.fromkeys(f.name for w in chosen for f in (w.student, w.teacher))
-            print(table([args.out / name for name in names], moves), end="\n\n" * (not forks))
+            parts.append(([args.out / name for name in names], moves))
+        for folder in sum((folders for folders, _ in parts), []):
+            load(folder)  # all of them before minutes of sampling
+        for i, part in enumerate(parts):
+            print(table(*part), end="\n\n" * (i == 0))
         print()
         return
+    loading.check_creatable("--out", args.out)  # not after minutes of training
     h, c = args.horizon, args.corruption
-    if h is None and c is None:
+    if h is None:
         options = {"seed": args.seed, "steps": args.steps, "force": args.force}
         build_world(args.out, args.world, **options) if args.world else build(args.out, **options)
         return
-    if args.world:
-        raise ValueError("--world and --horizon/--corruption exclude each other")
-    if h is None or c is None:
-        raise ValueError("--horizon and --corruption go together; one of them is missing")
-    if not 0 <= h <= MAX_MOVES:
-        raise ValueError(f"--horizon must be 0 to {MAX_MOVES} moves; got {h}")
-    if not 0 <= c <= 1:
-        raise ValueError(f"--corruption must be a share, 0 to 1; got {c}")
     folder = args.out / f"horizon-H{h}-c{c:g}"
     refuse_overwrite([folder], args.force)
     noise = {"horizon": h, "corruption": c}
@@ -710,10 +719,13 @@ def run(args):
 
 def main(argv=None):
     """The command; exit code 2 and one line on stderr for what the user can put right."""
+    args = parse(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
-        run(parse(argv))
+        run(args)
     except (ValueError, OSError) as error:
-        print(f"toy.py: error: {error}", file=sys.stderr)
+        loading.complain("toy.py", error)
         return 2
     return 0
 

@@ -654,6 +654,7 @@ def set_up(args, out: Path) -> tuple[Run, Resume | None, torch.device]:
     run, resume, error = None, None, None
     try:
         if rank == 0:  # alone: another rank's probe in an empty folder would look like a file
+            loading.check_creatable("--out", out)
             checkpoint.check_folder(out, args.resume)
         run = preparing.prepare(args, rank, world)
         resume = find_resume(run, out) if rank == 0 else None

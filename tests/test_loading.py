@@ -111,6 +111,10 @@ BAD = {
     "messages empty": ({"messages": [], "answer": 1}, "messages"),
     "message keys": ({"messages": [{"role": "user"}], "answer": 1}, "content"),
     "role": ({"messages": [{"role": "<|user|>", "content": "x"}], "answer": 1}, "role"),
+    "role of a token": (
+        {"messages": [{"role": "end", "content": "x"}, GOOD], "answer": 1}, "role"
+    ),
+    "key twice": (b'{"problem": "p", "problem": "q", "answer": 1}', "'problem' comes twice"),
     "assistant": ({"messages": [{"role": "assistant", "content": "x"}], "answer": 1}, "assistant"),
 }
 

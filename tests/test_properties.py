@@ -22,6 +22,7 @@ import math
 import os
 import random
 import re
+import signal
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ from test_loading import TEMPLATE, byte_tokenizer
 from test_loading import tiny_model as model_for
 from test_teachability import TOKENIZERS, naive_segments, naive_spans, sentence_piece
 
+import checkpoint
 import controls
 import evaluate
 import flags
@@ -43,6 +45,8 @@ import grading
 import lgr
 import loading
 import logprobs
+import metrics
+import preparing
 import release_rule
 import rollout
 import teachability
@@ -75,9 +79,13 @@ ELSEWHERE = {
 
 EXEMPT = {
     "records without behaviour": "release_rule.ChangePoint logprobs.TokenStats rollout.Rollout "
-    "grading.Supervision grading.Lookahead toy.World toy.Stage train.Run flags.Method",
+    "grading.Supervision grading.Lookahead toy.World toy.Stage preparing.Run flags.Method "
+    "preparing.Position checkpoint.Checkpoint train.Resume",
     "commands, run with bad and good flags by the tests of their files": "evaluate.main "
     "evaluate.run toy.main toy.run toy.parse train.main train.train_and_save",
+    "begin, resume and end the command; tests/test_resume.py kills and starves it": "train.guarded "
+    "train.set_up train.load_and_begin train.begin_folder train.find_resume train.give_up "
+    "train.end_when_told train.end_with_error",
     "train models for minutes, or evaluate them all": "toy.fit toy.spoil toy.build "
     "toy.build_world toy.train_models toy.table",
     "join a process group": "train.start_processes",
@@ -1102,9 +1110,47 @@ def test_any_command_line_is_parsed_or_refused_in_one_line(argv):
         assert value in how.get("choices", [value]) and (value is not None or default is None)
 
 
+@prop("loading.place", "loading.complain", "loading.check_creatable", examples=100,
+      text=st.text() | st.sampled_from(["", "\0", "a" * 300, "x/" * 3000, "a\nb", "\x1b[2J", "ok"]))
+def test_any_name_is_a_place_or_refused_and_any_complaint_is_one_line(text):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            name = loading.place(text)
+        except argparse.ArgumentTypeError:
+            assert not text or not text.isprintable() or not text.isascii()
+        else:
+            assert name == text
+        try:
+            loading.check_creatable("--out", Path(folder) / Path("./" + text))
+        except ValueError as error:
+            assert str(error).startswith("--out ")
+        assert os.listdir(folder) == []
+        loading.complain("train.py", text)
+    line = said.getvalue()
+    assert line.startswith("train.py: error: ") and line[:-1].isprintable() and line[-1] == "\n"
+
+
+@prop("evaluate.make_parser", "toy.make_parser", examples=100,
+      argv=st.lists(st.sampled_from(["--out", "--world", "--seed", "--threads", "--toy", "--steps",
+                                     "--samples", "--temperature", "--horizon", "--dtype"])
+                    | st.sampled_from(["0", "1", "-1", "nan", "1e99", "fork", "x", "", "\0"])
+                    | st.text(max_size=3), max_size=4))
+def test_the_other_commands_parse_or_refuse_in_one_line(argv):
+    assume(not any(a.startswith(("-h", "--h")) for a in argv))
+    for module in (evaluate, toy):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                values = vars(module.make_parser().parse_args(argv))
+            except SystemExit as error:
+                assert error.code == 2 and said.getvalue().count("\n") == 1
+                assert said.getvalue().startswith(f"{module.__name__}.py: error: ")
+            else:
+                assert all(math.isfinite(v) for v in values.values() if isinstance(v, float))
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5)
-    | st.sampled_from(["", " ", "\ud800", "user", "assistant"]),
+    | st.sampled_from(["", " ", "\ud800", "user", "assistant", 10**400]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
         st.sampled_from(["role", "content", "problem", "answer"]), inner, max_size=3),
     max_leaves=8,
@@ -1237,7 +1283,6 @@ def test_the_first_line_is_one(text):
           ["\0", "a/b", "a//b", "/", "~", "..", "/dev/null", "a\nb", str(ROOT / "tests")]),
       loader=st.sampled_from(["tokenizer", "config", "model"]))
 def test_a_model_that_is_not_there_is_named(path, loader):
-    assume(not path.startswith("~") or path == "~")
     load = getattr(loading, f"load_{loader}")
     more = {"dtype": torch.float32, "device": "cpu"} if loader == "model" else {}
     online, loading._online = loading._online, lambda: False
@@ -1537,8 +1582,8 @@ def test_shares_orders_and_generators(count, world, first, length, seed, stream)
     assert torch.equal(own, numbers[row])
 
 
-@prop("train.token_weights", "train.quarters", "train.policy_gradient_loss", "train.sum_over_ranks",
-      examples=100, seed=seeds, B=small, T=st.integers(1, 9),
+@prop("train.token_weights", "metrics.quarters", "train.policy_gradient_loss",
+      "train.sum_over_ranks", examples=100, seed=seeds, B=small, T=st.integers(1, 9),
       rescale=st.sampled_from(["batch", "sequence", "none"]))
 def test_weights_keep_the_loss_mass(seed, B, T, rescale):
     g = seeded(seed)
@@ -1553,7 +1598,7 @@ def test_weights_keep_the_loss_mass(seed, B, T, rescale):
     assert math.isclose(weight_BT.sum(), right, abs_tol=1e-5)
     if rescale == "sequence":
         torch.testing.assert_close(weight_BT.sum(1), mass_B)
-    quarter_BT = train.quarters(mask_BT)
+    quarter_BT = metrics.quarters(mask_BT)
     for mask_T, quarter_T in zip(mask_BT, quarter_BT, strict=True):
         inside = quarter_T[mask_T].tolist()
         assert inside == sorted(inside) and set(quarter_T[~mask_T].tolist()) <= {4}
@@ -1567,15 +1612,15 @@ def test_weights_keep_the_loss_mass(seed, B, T, rescale):
     torch.testing.assert_close(same_policy, -terms_BT.sum())
 
 
-@prop("train.repeated_ngrams", examples=150, ids=st.lists(st.integers(0, 3) | st.just(2**20),
+@prop("metrics.repeated_ngrams", examples=150, ids=st.lists(st.integers(0, 3) | st.just(2**20),
       max_size=20), n=st.integers(1, 5))
 def test_repeats_are_those_of_a_set(ids, n):
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    found = train.repeated_ngrams(torch.tensor(ids, dtype=torch.int64), n)
+    found = metrics.repeated_ngrams(torch.tensor(ids, dtype=torch.int64), n)
     assert found == (len(grams) - len(set(grams)), len(grams))
 
 
-@prop("train.update", "train.micro_batch_loss", "train.StudentLogProbs", "train.autocast",
+@prop("train.update", "train.micro_batch_loss", "preparing.StudentLogProbs", "train.autocast",
       examples=15, seed=seeds, prompts=prompts_of_ids, rows=st.integers(0, 3),
       tokens=st.integers(0, 30), objective=st.sampled_from(["pg", "rkl", "fkl", "jsd"]),
       updates=st.integers(1, 2))
@@ -1597,7 +1642,7 @@ def test_an_update_does_not_depend_on_micro_batches(
                        "--objective", objective, "--updates-per-rollout", updates, "--clip-grad", 0)
         assert not torch.is_autocast_enabled("cpu") and not train.autocast(args)._enabled
         model = copy.deepcopy(tiny("qwen3", 1))
-        student = train.StudentLogProbs(model, VOCABULARY, 1.0)
+        student = preparing.StudentLogProbs(model, VOCABULARY, 1.0)
         optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
         loss, norm = train.update(student, optimizer, batch, grades, advantage_BT, weight_BT, args,
                                   teacher.get_output_embeddings().weight)  # fmt: skip
@@ -1617,23 +1662,23 @@ def test_an_update_does_not_depend_on_micro_batches(
 METHODS = st.sampled_from(sorted(flags.METHODS))
 
 
-@prop("train.candidates_needed", "train.student_and_teacher", examples=40, method=METHODS,
+@prop("grading.candidates_needed", "preparing.student_and_teacher", examples=40, method=METHODS,
       topk=st.booleans(), margin=st.integers(2, 9), world=st.sampled_from(toy.SHIPPED))
 def test_candidates_are_those_that_the_phases_read(method, topk, margin, world):
     args = options("--method", method, "--margin-top-k", margin, "--toy", world)
-    needed = train.candidates_needed(args)
+    needed = grading.candidates_needed(args)
     assert needed.get("--margin-top-k", margin) == margin
     assert ("--margin-top-k" in needed) == ("margin" in grading.signals(args))
     assert ("--lgr-top-k" in needed) == (args.lookahead == "on")
     assert ("--union-top-k" in needed) == (args.objective == "topk")
-    paths = train.student_and_teacher(args)
+    paths = preparing.student_and_teacher(args)
     assert list(paths) == ["--student", "--teacher"]
     assert paths["--teacher"] == str(toy.world(world).teacher)
     args.student = "mine"
-    assert train.student_and_teacher(args) == paths | {"--student": "mine"}
+    assert preparing.student_and_teacher(args) == paths | {"--student": "mine"}
 
 
-@prop("train.check_folder", "train.make_folder", "train.Stopwatch", examples=40,
+@prop("checkpoint.check_folder", "checkpoint.make_folder", "train.Stopwatch", examples=40,
       kinds=st.lists(st.sampled_from(["nothing", "run", "run", "foreign", "file"]), max_size=4))
 def test_no_run_is_ever_overwritten(kinds):
     with tempfile.TemporaryDirectory() as folder:
@@ -1644,17 +1689,18 @@ def test_no_run_is_ever_overwritten(kinds):
                 out.write_text("")
             held = [p.name for p in out.iterdir()] if out.is_dir() else []
             try:
-                train.check_folder(out)
+                checkpoint.check_folder(out)
             except ValueError as error:
                 assert out.is_file() or held and "config.json" not in held
                 assert str(out) in str(error)
                 return
             assert not out.is_file() and (not held or "config.json" in held)
-            train.make_folder(out)
+            checkpoint.make_folder(out)
             assert not any(out.iterdir())
             if kind in ("run", "foreign"):
-                (out / ("config.json" if kind == "run" else "x")).write_text(str(number))
-                written.append(str(number))
+                text = json.dumps({"flags": {"number": number}})
+                (out / ("config.json" if kind == "run" else "x")).write_text(text)
+                written.append(text)
             found = [p.read_text() for p in Path(folder).rglob("*") if p.is_file()]
             assert sorted(found) == written
     watch = train.Stopwatch("cpu")
@@ -1665,11 +1711,13 @@ def test_no_run_is_ever_overwritten(kinds):
 
 SHORT = ["--prompts-per-step", 3, "--difficulty", 1, "--max-new-tokens", 14, "--eval-count", 2,
          "--eval-samples", 2, "--sentence-workers", 0, "--steps", 1, "--min-segments", 1,
-         "--splitter", "untrained"]  # fmt: skip
+         "--splitter", "untrained", "--checkpoint-every", 1]  # fmt: skip
 
 
-@prop("train.prepare", "train.load_prompts", "train.load_models", "train.describe", "train.sample",
-      "train.train_step", "train.spend_elsewhere", "train.batch_sums", "train.log_line",
+@prop("preparing.prepare", "preparing.load_prompts", "preparing.load_models",
+      "preparing.describe", "evaluate.check_sampling", "train.sample", "train.steps", "train.rows_of_step", "train.all_random_states", "train.write_checkpoint",
+      "train.restore", "preparing.fingerprint",
+      "train.train_step", "train.spend_elsewhere", "metrics.batch_sums", "metrics.log_line",
       "train.train", "train.evaluate_student", "train.answers", "train.save_student",
       examples=4, method=METHODS, objective=st.none() | st.sampled_from(flags.OBJECTIVES),
       mask=st.none() | masks, lookahead=st.sampled_from([None, "on", "off"]),
@@ -1689,19 +1737,184 @@ def test_any_method_takes_a_step_and_logs_finite_numbers(
             args = options("--method", method, "--seed", seed, *chosen, *SHORT, *more)
     except SystemExit:
         assume(False)
-    run = train.prepare(args, 0, 1)
-    train.load_models(run, torch.device("cpu"))
+    run = preparing.prepare(args, 0, 1)
+    preparing.load_models(run, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        evaluations = train.train(run, Path(folder))
+        log = train.train(run, Path(folder))
         lines = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+        again = preparing.prepare(args, 0, 1)  # the checkpoint at the end holds everything
+        preparing.load_models(again, torch.device("cpu"))
+        train.restore(again, checkpoint.newest(Path(folder)))
+        for a, b in zip(run.model.parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert again.position.step == args.steps and again.position.skipped == 0
+        assert preparing.fingerprint(again) == preparing.fingerprint(run)
         train.save_student(run, Path(folder))
         assert toy.exists(Path(folder, "student"))
-    run.sentences and run.sentences.close()
+    for one in (run, again):
+        one.sentences and one.sentences.close()
     first, step, last = lines
-    assert evaluations == [first, last] and 0 <= last["accuracy"] <= 1
+    problems, mine = train.rows_of_step(run, 0)
+    assert len(problems) == len(mine) == args.prompts_per_step * args.rollouts_per_prompt
+    assert log == lines and 0 <= last["accuracy"] <= 1
     assert 0 < step["kept_tokens"] <= step["response_tokens"] * args.prompts_per_step + 1e-6
     for name, value in step.items():
         assert value is None or not isinstance(value, float) or math.isfinite(value), name
     shares = ["truncated", "kept", "fired", "bic_gain_over_6"]
     assert all(0 <= step[name] <= 1 for name in shares) and step["loss"] == step["loss"]
-    assert json.loads(json.dumps(train.describe(run)))["flags"]["seed"] == seed
+    assert json.loads(json.dumps(preparing.describe(run)))["flags"]["seed"] == seed
+
+
+# ---------------------------------------------------------------------------------- a run's folder
+names = st.text("abcdefgh_", min_size=1, max_size=5)
+plain = st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=5) | st.floats(
+    allow_nan=False, allow_infinity=False)
+any_line = st.dictionaries(names, plain | st.lists(plain, max_size=3) | st.just(NAN), max_size=4)
+
+
+@prop("checkpoint.write_json", "checkpoint.read_config", "checkpoint.changed_flags", examples=60,
+      flags=st.dictionaries(names, plain), other=st.dictionaries(names, plain))
+def test_a_config_comes_back_and_knows_every_difference(flags, other):
+    with tempfile.TemporaryDirectory() as folder:
+        assert checkpoint.read_config(Path(folder)) is None
+        checkpoint.write_json(Path(folder, "config.json"), {"flags": flags})
+        config = checkpoint.read_config(Path(folder))
+        assert config == {"flags": flags} and os.listdir(folder) == ["config.json"]
+    assert checkpoint.changed_flags(config, flags) == []
+    assert checkpoint.changed_flags(config, other, [*flags, *other]) == []
+    differ = [k for k in {**flags, **other} if flags.get(k) != other.get(k)]
+    assert len(checkpoint.changed_flags(config, other)) == len(differ)
+
+
+@prop("checkpoint.Log", "checkpoint.check_log", examples=60, lines=st.lists(any_line, max_size=5),
+      more=st.lists(any_line, max_size=3), keep=st.integers(0, 5), torn=st.binary(max_size=5))
+def test_a_log_is_cut_at_any_line_and_keeps_the_rest_beside_it(lines, more, keep, torn):
+    with tempfile.TemporaryDirectory() as folder:
+        path, log = Path(folder, "log.jsonl"), checkpoint.Log(Path(folder))
+        sizes = [0, *[log.write(line) for line in lines]]
+        log.close()
+        whole = path.read_bytes()
+        path.write_bytes(whole + torn)
+        cut = sizes[min(keep, len(lines))]
+        log = checkpoint.Log(Path(folder), cut)
+        assert len(log.lines) == min(keep, len(lines))
+        for line in more:
+            log.write(line)
+        log.flush()
+        log.close()
+        assert path.read_bytes()[:cut] == whole[:cut]
+        for text in path.read_text().splitlines():
+            assert isinstance(json.loads(text, parse_constant=pytest.fail), dict)
+        dropped = path.with_name("log.dropped.jsonl")
+        assert (dropped.read_bytes() if dropped.exists() else b"") == (whole + torn)[cut:]
+        size = path.stat().st_size
+        checkpoint.check_log(Path(folder), size)
+        with pytest.raises(ValueError, match=f"log.jsonl has {size} bytes"):
+            checkpoint.check_log(Path(folder), size + 1)
+
+
+@prop("checkpoint.write", "checkpoint.newest", "checkpoint.last_written", "checkpoint.step_of",
+      "checkpoint.what_is_torn", "checkpoint.read", "checkpoint.read_facts", examples=60,
+      steps=st.lists(st.integers(0, 10**9), min_size=1, max_size=5, unique=True).map(sorted),
+      keep=st.integers(1, 3), seed=seeds, place=st.floats(0, 1, exclude_max=True),
+      name=st.sampled_from(["student.safetensors", "facts.json", "checksums.json"]))
+def test_any_flipped_bit_is_noticed(steps, keep, seed, place, name):
+    """The newest whole one is found, and no other: one bit of one file makes it torn."""
+    with tempfile.TemporaryDirectory() as folder:
+        for step in steps:
+            tensor = torch.rand(7, generator=seeded(step))
+            path = checkpoint.write(folder, step, {"student": {"x": tensor}}, {"step": step}, keep)
+            assert checkpoint.newest(folder) == checkpoint.last_written(folder) == path
+        kept = sorted(map(checkpoint.step_of, Path(folder, "checkpoints").iterdir()))
+        assert kept == steps[-keep:] and checkpoint.what_is_torn(path) == ""
+        found = checkpoint.read(path)
+        assert found.facts == checkpoint.read_facts(path) == {"step": steps[-1]}
+        assert torch.equal(found.groups["student"]["x"], tensor)
+        data = bytearray((path / name).read_bytes())
+        data[int(place * len(data))] ^= 1 << seed % 8
+        (path / name).write_bytes(data)
+        if name == "checksums.json" and not checkpoint.what_is_torn(path):
+            return  # a blank became another blank
+        with pytest.warns(UserWarning, match="torn"):
+            left = checkpoint.newest(folder)
+        assert (left and checkpoint.step_of(left)) == (kept[-2] if len(kept) > 1 else None)
+
+
+@prop("checkpoint.capture", "checkpoint.restore", "checkpoint.random_state",
+      "checkpoint.set_random_state", examples=40, seed=seeds, lr=st.floats(1e-6, 1),
+      betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)), kind=st.sampled_from(
+          [torch.optim.AdamW, torch.optim.Adam]), before=st.integers(0, 3))
+def test_any_optimizer_goes_on_bit_for_bit(seed, lr, betas, kind, before):
+    """Through the file and back, with other settings in the objects that it is put into."""
+    def build(lr, betas):
+        model = torch.nn.Linear(3, 2)
+        optimizer = kind(model.parameters(), lr=lr, betas=betas)
+        return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (n + 1))
+
+    def train_on(objects, steps):
+        for _ in range(steps):
+            objects[0](torch.randn(4, 3)).square().sum().backward()
+            objects[1].step(), objects[2].step(), objects[1].zero_grad()
+
+    torch.manual_seed(seed)
+    one, two = build(lr, betas), build(0.1, (0.5, 0.5))
+    train_on(one, before)
+    groups, facts = checkpoint.capture(*one)
+    with tempfile.TemporaryDirectory() as folder:
+        facts["random"] = checkpoint.random_state()
+        found = checkpoint.read(checkpoint.write(folder, before, groups, facts))
+    train_on(one, 3)
+    checkpoint.restore(found, *two)
+    checkpoint.set_random_state(found.facts["random"])
+    train_on(two, 3)
+    assert torch.equal(one[0].weight, two[0].weight) and torch.equal(one[0].bias, two[0].bias)
+    assert one[2].get_last_lr() == two[2].get_last_lr()
+
+
+@prop("checkpoint.Interruptions", "checkpoint.Stop", examples=60,
+      events=st.lists(st.sampled_from(["hold", "release", "SIGTERM", "SIGINT"]), max_size=8))
+def test_a_stop_is_raised_once_at_the_first_moment_that_is_not_held(events):
+    held, waiting, expected = False, None, None
+    for number, event in enumerate(events):
+        held = event == "hold" or held and event != "release"
+        waiting = waiting or (event if event.startswith("SIG") else None)
+        if waiting and not held:
+            expected = number, waiting
+            break
+    reached = -1
+    try:
+        with checkpoint.Interruptions() as signals:
+            for reached, event in enumerate(events):  # noqa: B007
+                if event.startswith("SIG"):
+                    os.kill(os.getpid(), getattr(signal, event))
+                else:
+                    getattr(signals, event)()
+    except checkpoint.Stop as stop:
+        assert (reached, str(stop)) == expected
+        assert stop.exit_code == (130 if str(stop) == "SIGINT" else 0)
+    else:
+        assert expected is None
+
+
+@prop("checkpoint.write_fault", "checkpoint.first_fault", "checkpoint.forget_faults",
+      "checkpoint.replace_folder", "train.together", examples=30,
+      texts=st.lists(st.text("abc: ", min_size=1).filter(str.strip), min_size=1, max_size=4))
+def test_the_first_error_is_kept_and_results_are_replaced_whole(texts):
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        for text in texts:
+            assert checkpoint.first_fault(out, text).strip() == texts[0].strip()
+            checkpoint.replace_folder(out, "student", lambda f, t=text: (
+                f.mkdir(), (f / "x").write_text(t)))
+            assert (out / "student" / "x").read_text() == text
+        checkpoint.forget_faults(out)
+        assert checkpoint.first_fault(out, "new") == "new"
+        path = checkpoint.write_fault(out, "a.safetensors", {"x": torch.arange(3)[::2]})
+        assert path.parent == out / "faults" and sorted(os.listdir(out)) == ["faults", "student"]
+
+    def work():
+        raise OSError(texts[0])
+
+    assert train.together(lambda: texts) is texts  # alone, it is the same but for the error's type
+    with pytest.raises(ValueError, match=re.escape(texts[0])):
+        train.together(work)

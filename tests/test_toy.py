@@ -483,8 +483,10 @@ def test_existing_folders_are_kept_without_force(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, culprit, tmp_path, capsys):
-    assert toy.main([*arguments, "--out", str(tmp_path / "models")]) == 2
+    with pytest.raises(SystemExit) as left:
+        sys.exit(toy.main([*arguments, "--out", str(tmp_path / "models")]))
     message = capsys.readouterr().err
+    assert left.value.code == 2
     assert culprit in message and message.count("\n") == 1
     assert not (tmp_path / "models").exists()
 
