@@ -313,6 +313,8 @@ def load_tokenizer(path, *, trust_remote_code=False):
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         # what the library makes of a folder without tokenizer files
         raise ValueError(f"{path}: cannot load Tokenizer: it has no tokens but special ones")
+    for option in ("is_local", "local_files_only"):  # of this machine: not to be saved with it
+        tokenizer.init_kwargs.pop(option, None)
     return tokenizer
 
 

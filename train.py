@@ -573,23 +573,23 @@ def steps(run: Run, out: Path, log) -> None:
         shown.update({name: f"{line[name]:.3f}" for name in names})
         bar.set_postfix(shown)
 
-    while True:
-        step = position.step
-        due = step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0)
-        if due and run.eval_problems and not position.evaluated:
-            write(evaluate_student(run, step), ("accuracy",), evaluated=True)
-        if step == args.steps:
-            break
-        line = train_step(run, step)
-        skipped = position.skipped + 1 if line["skipped"] else 0
-        write(line, ("reverse_kl", "kept"), step=step + 1, evaluated=False, skipped=skipped)
-        bar.update()
-        every = args.checkpoint_every
-        if every and ((step + 1) % every == 0 or step + 1 == args.steps):
-            signals.hold()
-            write_checkpoint(run, out, log)
-            signals.release()
-    bar.close()
+    with bar:
+        while True:
+            step = position.step
+            due = step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0)
+            if due and run.eval_problems and not position.evaluated:
+                write(evaluate_student(run, step), ("accuracy",), evaluated=True)
+            if step == args.steps:
+                break
+            line = train_step(run, step)
+            skipped = position.skipped + 1 if line["skipped"] else 0
+            write(line, ("reverse_kl", "kept"), step=step + 1, evaluated=False, skipped=skipped)
+            bar.update()
+            every = args.checkpoint_every
+            if every and ((step + 1) % every == 0 or step + 1 == args.steps):
+                signals.hold()
+                write_checkpoint(run, out, log)
+                signals.release()
     hook.remove()
 
 

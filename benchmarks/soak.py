@@ -123,7 +123,11 @@ def differences(out: Path, reference: Path) -> list[str]:
     found = ["log.jsonl"] if lines_of(out) != lines_of(reference) else []
     pairs = [("student", out / "student", reference / "student")]
     pairs.append(("checkpoint", checkpoint.newest(out), checkpoint.newest(reference)))
-    return found + [name for name, a, b in pairs if bytes_of(a) != bytes_of(b)]
+    for name, *folders in pairs:
+        ours, theirs = (bytes_of(folder) for folder in folders)
+        odd = [file for file in {**ours, **theirs} if ours.get(file) != theirs.get(file)]
+        found += [f"{name}/{file}" for file in sorted(odd)]
+    return found
 
 
 def where(out: Path) -> str:

@@ -302,10 +302,11 @@ def test_soak(tmp_path):
         line["seconds"] = {"total": 2.0}
     assert soak.differences(out, tmp_path / "one") == [] == soak.broken(out)
     (out / "student" / "model").write_bytes(b"13")
-    assert soak.differences(out, tmp_path / "one") == ["student"]
+    assert soak.differences(out, tmp_path / "one") == ["student/model"]
     (out / "log.jsonl").write_text(json.dumps(line | {"loss": 0.25}) + "\n")
-    assert soak.differences(out, tmp_path / "one") == ["log.jsonl", "student"]
+    assert soak.differences(out, tmp_path / "one") == ["log.jsonl", "student/model"]
     soak.checkpoint.write(out, 2, {"student": {"a": torch.zeros(2)}}, {})
-    assert soak.differences(out, tmp_path / "one") == ["log.jsonl", "student", "checkpoint"]
+    found = ["log.jsonl", "student/model", "checkpoint/student.safetensors"]
+    assert soak.differences(out, tmp_path / "one") == found
     (soak.checkpoint.newest(out) / "facts.json").write_text("{")
     assert soak.broken(out) == ["step-00000002: facts.json has another checksum"]

@@ -1715,8 +1715,9 @@ SHORT = ["--prompts-per-step", 3, "--difficulty", 1, "--max-new-tokens", 14, "--
 
 
 @prop("preparing.prepare", "preparing.load_prompts", "preparing.load_models",
-      "preparing.describe", "evaluate.check_sampling", "train.sample", "train.steps", "train.rows_of_step", "train.all_random_states", "train.write_checkpoint",
-      "train.restore", "preparing.fingerprint",
+      "preparing.describe", "preparing.fingerprint", "evaluate.check_sampling", "train.sample",
+      "train.steps", "train.rows_of_step", "train.all_random_states", "train.write_checkpoint",
+      "train.restore",
       "train.train_step", "train.spend_elsewhere", "metrics.batch_sums", "metrics.log_line",
       "train.train", "train.evaluate_student", "train.answers", "train.save_student",
       examples=4, method=METHODS, objective=st.none() | st.sampled_from(flags.OBJECTIVES),

@@ -1,14 +1,16 @@
 """Runs that are stopped, killed, resumed, starved or fed nonsense: the real commands."""
 
 import json
-import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -37,35 +39,28 @@ def whole(tmp_path_factory):
     return place / "run"
 
 
-def injected(code: str, *flags, out="run"):
-    """`train.py` with some code run first, as a command line."""
-    argv = [*FLAGS, "--out", out, *map(str, flags)]
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train\n"
-    return [sys.executable, "-c", script + textwrap.dedent(code) + f"\ntrain.main({argv!r})"]
+def run(*flags, cwd, code="", fails=False, out="run"):
+    """`train.py` with FLAGS, these flags and, before it begins, some code that sees `train`."""
+    return forked.run([*FLAGS, "--out", out, *flags], cwd, textwrap.dedent(code), fails)
 
 
-def ranks(code: str, cwd, *flags, seconds=120):
-    """The same in two processes without a launcher that would tidy up: [(exit code, stderr)]."""
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                                "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(injected(code, *flags), cwd=cwd, text=True, stderr=subprocess.PIPE,
-                         env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        return [(p.wait(seconds), p.stderr.read()) for p in started]
-    finally:
-        for process in started:
-            process.kill()
-
-
-def free_port() -> int:
-    import socket
-
+def start_ranks(code, cwd, *flags):
+    """The same in two processes without a launcher that would tidy up."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+        port = str(listener.getsockname()[1])
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        forked.start([*FLAGS, "--out", "run", *flags], cwd, textwrap.dedent(code), **where,
+                     RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+def ranks(code, cwd, *flags):
+    """Both of them to their end: [(exit code, stderr)]."""
+    done = [forked.finish(*started, 120) for started in start_ranks(code, cwd, *flags)]
+    return [(one.returncode, one.stderr) for one in done]
 
 
 def assert_same(run, reference):
@@ -77,9 +72,9 @@ def assert_same(run, reference):
 # ------------------------------------------------------------------------------------ told to stop
 def test_the_same_command_writes_the_same_log(whole, tmp_path):
     """Same seed, same machine, same number of processes; and another seed does not."""
-    run_command(*PYTHON, *FLAGS, "--out", "run", cwd=tmp_path)
+    run(cwd=tmp_path)
     assert_same(tmp_path / "run", whole)
-    run_command(*PYTHON, *FLAGS, "--out", "other", "--seed", "1", cwd=tmp_path)
+    run("--seed", "1", cwd=tmp_path, out="other")
     assert soak.lines_of(tmp_path / "other") != soak.lines_of(whole)
 
 
@@ -111,8 +106,7 @@ def new(*args, **options):
 )
 def test_a_signal_writes_a_checkpoint_and_resume_goes_on(where, call, name, whole, tmp_path):
     code = STOP_AT.format(where=where, call=call, name=name)
-    command = injected(code)
-    done = run_command(*command, cwd=tmp_path, fails=name == "SIGINT")
+    done = run(cwd=tmp_path, code=code, fails=name == "SIGINT")
     assert done.returncode == (130 if name == "SIGINT" else 0)
     finished = (tmp_path / "run" / "student").exists()
     assert finished == (where == "train.save_student")
@@ -121,7 +115,7 @@ def test_a_signal_writes_a_checkpoint_and_resume_goes_on(where, call, name, whol
     if not finished:
         assert any(f"stopped by {name}; run/checkpoints/step-" in line for line in last)
         assert "student" not in done.stdout
-        done = run_command(*PYTHON, *FLAGS, "--resume", "--out", "run", cwd=tmp_path)
+        done = run("--resume", cwd=tmp_path)
         assert "resuming from run/checkpoints/step-" in done.stderr
     assert_same(tmp_path / "run", whole)
 
@@ -151,13 +145,12 @@ def test_two_processes_stop_and_resume(tmp_path):
 def test_resume_in_place_of_a_start_and_after_the_end(whole, tmp_path):
     """Nothing there: it begins. A finished run: nothing changes. More steps: as if from the start,
     and the last evaluation of the shorter run is kept beside the log."""
-    resume = [*PYTHON, *FLAGS, "--resume", "--out", "run"]
-    run_command(*resume, cwd=tmp_path)
+    run("--resume", cwd=tmp_path)
     assert_same(tmp_path / "run", whole)
-    run_command(*resume, cwd=tmp_path)
+    run("--resume", cwd=tmp_path)
     assert_same(tmp_path / "run", whole)
-    run_command(*resume, "--steps", "8", cwd=tmp_path)
-    run_command(*PYTHON, *FLAGS, "--steps", "8", "--out", "longer", cwd=tmp_path)
+    run("--resume", "--steps", "8", cwd=tmp_path)
+    run("--steps", "8", cwd=tmp_path, out="longer")
     assert_same(tmp_path / "run", tmp_path / "longer")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert [entry["step"] for entry in config["resumed"]] == [6, 6]
@@ -166,10 +159,10 @@ def test_resume_in_place_of_a_start_and_after_the_end(whole, tmp_path):
 
 
 def test_a_torn_checkpoint_costs_two_steps_and_no_more(whole, tmp_path):
-    run_command(*PYTHON, *FLAGS, "--out", "run", cwd=tmp_path)
+    run(cwd=tmp_path)
     for file in (tmp_path / "run" / "checkpoints" / "step-00000006").iterdir():
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    done = run_command(*PYTHON, *FLAGS, "--resume", "--out", "run", cwd=tmp_path)
+    done = run("--resume", cwd=tmp_path)
     assert "step-00000006 is torn" in done.stderr and "resuming from run/checkpoints/step-00000004"
     assert_same(tmp_path / "run", whole)
 
@@ -181,7 +174,7 @@ def begun(tmp_path_factory):
     problem = {"problem": "The dial starts at 3. Move 1 is plus 2. Where does it stop?"}
     (place / "p.jsonl").write_text("\n".join([json.dumps(problem)] * 3))
     command = [*FLAGS, "--out", "run", "--problems", "p.jsonl", "--max-new-tokens", "40"]
-    run_command(*PYTHON, *command, cwd=place)
+    forked.run(command, place)
     return place, command
 
 
@@ -196,8 +189,6 @@ REFUSED = {
 def test_resume_refuses_in_one_line(begun, flags, tmp_path, monkeypatch, capsys):
     """Other flags, other problems, a broken folder: named before weights are loaded, and nothing
     is touched."""
-    import shutil
-
     place, command = begun
     shutil.copytree(place, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
@@ -226,7 +217,7 @@ def test_resume_refuses_in_one_line(begun, flags, tmp_path, monkeypatch, capsys)
 
 def test_another_number_of_processes_goes_on_and_says_so(whole, tmp_path):
     """Four steps of one process, then two of two: the same samples, so nearly the same log."""
-    run_command(*PYTHON, *FLAGS, "--out", "run", "--steps", "4", cwd=tmp_path)
+    run("--steps", "4", cwd=tmp_path)
     command = [*TORCHRUN, ROOT / "train.py", *FLAGS, "--out", "run", "--resume"]
     done = run_command(*command, cwd=tmp_path)
     assert "processes 1, now 2: the run may go on otherwise" in done.stderr
@@ -254,7 +245,7 @@ def test_a_step_that_is_not_finite_is_skipped_logged_and_counted(value, tmp_path
     """The weights and the warm-up stay where they were; the run goes on."""
     code = NONSENSE.format(steps=[2, 4, 5], field="logp_BT", value=value)
     flags = ("--max-skipped-steps", "3", "--advantage-clip", "0", "--clip-grad", "0")
-    done = run_command(*injected(code, *flags), cwd=tmp_path)
+    done = run(*flags, cwd=tmp_path, code=code)
     assert "3 steps were skipped: loss or gradient was not finite" in done.stdout
     lines, _ = read_log(tmp_path / "run")
     assert [line["skipped"] for line in lines] == [0, 1, 0, 1, 1, 0]
@@ -270,13 +261,10 @@ def test_too_many_such_steps_in_a_row_end_the_run_with_the_batch(processes, tmp_
     """The error names step and rollouts, the rows are saved, and a resumed run counts on."""
     code = NONSENSE.format(steps=[3, 4, 5], field="logp_BT", value="float('nan')")
     if processes == 1:
-        done = run_command(*injected(code, "--max-skipped-steps", "3"), cwd=tmp_path, fails=True)
+        done = run("--max-skipped-steps", "3", cwd=tmp_path, code=code, fails=True)
         results = [(done.returncode, done.stderr)]
     else:
-        code = "import os\\nif os.environ['RANK'] == '1':\\n".replace("\\n", "\n")
-        code += textwrap.indent(
-            NONSENSE.format(steps=[3, 4, 5], field="logp_BT", value="float('nan')"), "    "
-        )
+        code = "import os\nif os.environ['RANK'] == '1':\n" + textwrap.indent(code, "    ")
         results = ranks(code, tmp_path, "--max-skipped-steps", "3")
     row = 1 if processes == 1 else 4  # the second of each process's
     for exit_code, stderr in results:
@@ -291,8 +279,7 @@ def test_too_many_such_steps_in_a_row_end_the_run_with_the_batch(processes, tmp_
     facts = checkpoint.read(checkpoint.newest(tmp_path / "run")).facts
     assert facts["position"]["step"] == 4 and facts["position"]["skipped"] == 2
     if processes == 1:  # the teacher has been mended
-        run_command(*PYTHON, *FLAGS, "--max-skipped-steps", "3", "--resume", "--out", "run",
-                    cwd=tmp_path)
+        run("--max-skipped-steps", "3", "--resume", cwd=tmp_path)
         assert [line["skipped"] for line in read_log(tmp_path / "run")[0]] == [0, 0, 1, 1, 0, 0]
 
 
@@ -312,7 +299,7 @@ def test_a_teacher_that_breaks_down_is_skipped_too(signal_name, tmp_path):
     train.logprobs.token_stats = token_stats
     """
     method = ["--method", "release"] if signal_name == "candidates" else ["--method", "std"]
-    run_command(*injected(code, *method, "--steps", "3"), cwd=tmp_path)
+    run(*method, "--steps", "3", cwd=tmp_path, code=code)
     assert [line["skipped"] for line in read_log(tmp_path / "run")[0]] == [0, 1, 0]
 
 
@@ -347,30 +334,14 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(fate, tmp_path):
         train.update = update
     """
     flags = ("--method", "opd", "--timeout", "5", "--checkpoint-every", "0")
-    environment = textwrap.dedent(code)
-    began = time.monotonic()
-    started = ranks_until_first(environment, tmp_path, *flags)
-    assert started[0] == 1 and "rank 0: lost contact with another process" in started[1]
-    assert "Traceback" not in started[1]
-    assert time.monotonic() - began < 90
+    first, second = start_ranks(code, tmp_path, *flags)
+    done = forked.finish(*first, 90)  # a hang would be killed, and have another exit code
+    forked.finish(*second, 0)
+    assert done.returncode == 1 and "rank 0: lost contact with another process" in done.stderr
+    assert "Traceback" not in done.stderr
     assert checkpoint.step_of(checkpoint.newest(tmp_path / "run")) == 2
     assert len(read_log(tmp_path / "run")[0]) == 2
 
-
-def ranks_until_first(code, cwd, *flags):
-    """(exit code, stderr) of rank 0, whatever the other does."""
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                                "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    first, second = (
-        subprocess.Popen(injected(code, *flags), cwd=cwd, text=True, stderr=subprocess.PIPE,
-                         env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    )  # fmt: skip
-    try:
-        return first.wait(120), first.stderr.read()
-    finally:
-        first.kill()
-        second.kill()
 
 
 def test_bad_input_that_only_one_rank_has_is_said_by_rank_0(tmp_path):
@@ -417,14 +388,14 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(full, whole, tmp_
             raise OSError(errno.ENOSPC, "No space left on device", str(folder))
         PreTrainedModel.save_pretrained = save_pretrained
     """
-    done = run_command(*injected(code), cwd=tmp_path, fails=True)
+    done = run(cwd=tmp_path, code=code, fails=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("train.py: error: OSError") and "No space left on device" in last
     step = {"log.jsonl": 4, "checkpoint": 4, "student": 6}[full]
     assert checkpoint.step_of(checkpoint.newest(tmp_path / "run")) == step
     assert not (tmp_path / "run" / "student").exists()
-    run_command(*PYTHON, *FLAGS, "--resume", "--out", "run", cwd=tmp_path)
+    run("--resume", cwd=tmp_path)
     assert_same(tmp_path / "run", whole)
 
 
