@@ -39,6 +39,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+try:
+    import fcntl
+except ImportError:  # Windows: there, two processes can write one run
+    fcntl = None
+
 KEPT = 2  # checkpoints: the newest, and the one before in case that is torn
 INSIDE = ("config.json", "log.jsonl", "log.dropped.jsonl", "checkpoints", "student", "faults")
 
@@ -61,6 +66,12 @@ def check_folder(out: Path, resume: bool = False) -> None:
     for name in INSIDE if resume else ():
         if (out / name).is_symlink():
             raise ValueError(f"--out {out}: {name} is a link; a run stays in its own folder")
+    if (out / "log.jsonl").is_file():
+        with open(out / "log.jsonl", "rb") as file:
+            try:
+                _lock(file)
+            except BlockingIOError:
+                raise ValueError(f"--out {out}: another process is writing this run") from None
 
 
 def make_folder(out: Path) -> None:
@@ -130,20 +141,25 @@ class Log:
     """log.jsonl: a line is in the file when `write` returns, and on the disk after `flush`.
 
     keep: bytes of an earlier run to go on behind; what lies beyond moves to log.dropped.jsonl.
-    Raises ValueError if there are fewer.
+    Until it is closed, or the process gone, nobody else can have the log of this run.
+
+    Raises:
+        ValueError: there are fewer bytes than `keep`.
+        OSError: another process has the log, or it cannot be written.
     """
 
     def __init__(self, out: Path, keep: int = 0):
         self.path = Path(out) / "log.jsonl"
         check_log(out, keep)
-        old = self.path.read_bytes() if self.path.exists() else b""
+        self.file = open(self.path, "ab")  # noqa: SIM115
+        _lock(self.file)
+        old = self.path.read_bytes()
         if old[keep:]:
             with open(self.path.with_name("log.dropped.jsonl"), "ab") as dropped:
                 dropped.write(old[keep:])
                 dropped.flush()
                 os.fsync(dropped.fileno())
         self.lines = [json.loads(line) for line in old[:keep].splitlines()]
-        self.file = open(self.path, "ab")  # noqa: SIM115
         self.file.truncate(keep)
 
     def write(self, line: dict) -> int:
@@ -161,6 +177,12 @@ class Log:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def _lock(file) -> None:
+    """BlockingIOError if another process has it; the lock goes with the file or the process."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _finite(value):

@@ -399,6 +399,33 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(full, whole, tmp_
     assert_same(tmp_path / "run", whole)
 
 
+def test_two_processes_do_not_write_one_run(tmp_path):
+    """A second start, resumed or not, is refused while the first lives, even as an orphan."""
+    code = """
+    import time
+    def update(*args, **options):
+        time.sleep(600)
+    train.update = update
+    """
+    first, place = forked.start([*FLAGS, "--out", "run"], tmp_path, textwrap.dedent(code))
+    log = tmp_path / "run" / "log.jsonl"
+    while first.exitcode is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.01)
+    for flags in ((), ("--resume",)):
+        done = run(*flags, cwd=tmp_path, fails=True)
+        assert done.returncode == 2
+        assert done.stderr.strip() == (
+            "train.py: error: --out run: another process is writing this run"
+        )
+    with pytest.raises(BlockingIOError):
+        checkpoint.Log(tmp_path / "run")
+    assert len(log.read_text().splitlines()) == 1, "a log that somebody else has is not cut"
+    first.kill()
+    forked.finish(first, place)
+    run("--resume", cwd=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
 def test_everything_in_a_checkpoint_is_used(whole):
     """A resumed run that lost its moments, its schedule or its position is another run: the bit for
     bit tests above would notice."""
