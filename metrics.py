@@ -7,9 +7,6 @@ glossary says what each key is.
 
 import torch
 
-import grading
-import rollout
-
 
 def repeated_ngrams(ids_T: torch.Tensor, n: int = 4) -> tuple[int, int]:
     """How many of a response's n-grams it has written before, and how many it has.
@@ -40,8 +37,11 @@ def quarters(mask_BT: torch.Tensor) -> torch.Tensor:
 FLAT = 1e-3  # a deviation of confidences that a 16-bit teacher cannot tell from 0
 
 
-def batch_sums(batch: rollout.Rollout, grades: grading.Grades) -> dict[str, float]:
-    """Numerators and denominators of this process, to be added up over all of them."""
+def batch_sums(batch, grades) -> dict[str, float]:
+    """Numerators and denominators of this process's rows, to be added up over all processes.
+
+    batch: `rollout.Rollout`. grades: `grading.Grades` of it.
+    """
     mask_BT, choice, ahead = batch.response_mask_BT, grades.choice, grades.ahead
     kept_share_B = choice.keep_BT.sum(1) / mask_BT.sum(1)
     rows = zip(batch.ids_BT, mask_BT, strict=True)
