@@ -17,6 +17,9 @@ A teacher grades, token by token, what the student itself wrote.  The step, in s
                both (`lgr_topk`): student forward and backward
   6 log        one JSON line; now and then an evaluation                           evaluate.py
 
+Around the steps: the command line and its presets (flags.py), models and prompts (preparing.py),
+what a step says in the log (metrics.py), exact resume and signals (checkpoint.py).
+
 In expectation over the student's samples the gradient of this loss is that of the reverse KL
 KL(p_S || p_T) of every position, given the sampled prefix, minus gamma times the expected reward
 (tests/test_train.py enumerates both).

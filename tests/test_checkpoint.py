@@ -204,6 +204,32 @@ def test_checksums_cannot_name_other_files(sums, tmp_path):
     assert checkpoint.what_is_torn(path)
 
 
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Power may fail, too: every file and the folder are flushed, then renamed, then the names."""
+    done, flush, rename = [], os.fsync, Path.rename
+
+    def fsync(handle):
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        flush(handle)
+
+    def renaming(path, target):
+        done.append(f"{path.name} -> {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", renaming)
+    checkpoint.write(tmp_path, 1, GROUPS, {})
+    files = ["checksums.json", "facts.json", "optimizer.safetensors", "student.safetensors"]
+    name = "step-00000001"
+    assert sorted(done[:4]) == files
+    assert done[4:] == [f"{name}.partial", f"{name}.partial -> {name}", "checkpoints"]
+    done.clear()
+    log = checkpoint.Log(tmp_path)
+    log.write({"step": 1})
+    log.flush()
+    assert done == ["log.jsonl"]
+
+
 def test_killed_at_every_file_operation_of_a_checkpoint(tmp_path):
     """SIGKILL at the first, second, ... operation: the newest is always whole, and old or new."""
     old, new = {"step": 2}, {"step": 3}

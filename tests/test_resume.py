@@ -44,22 +44,22 @@ def run(*flags, cwd, code="", fails=False, out="run"):
     return forked.run([*FLAGS, "--out", out, *flags], cwd, textwrap.dedent(code), fails)
 
 
-def start_ranks(code, cwd, *flags):
+def start_ranks(code, cwd, *flags, out="run"):
     """The same in two processes without a launcher that would tidy up."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
-        forked.start([*FLAGS, "--out", "run", *flags], cwd, textwrap.dedent(code), **where,
+        forked.start([*FLAGS, "--out", out, *flags], cwd, textwrap.dedent(code), **where,
                      RANK=str(rank), LOCAL_RANK=str(rank))
         for rank in range(2)
     ]  # fmt: skip
 
 
-def ranks(code, cwd, *flags):
+def ranks(code, cwd, *flags, out="run"):
     """Both of them to their end: [(exit code, stderr)]."""
-    done = [forked.finish(*started, 120) for started in start_ranks(code, cwd, *flags)]
+    done = [forked.finish(*started, 120) for started in start_ranks(code, cwd, *flags, out=out)]
     return [(one.returncode, one.stderr) for one in done]
 
 
@@ -86,8 +86,10 @@ def stop(*_, calls=[0]):
         os.kill(os.getpid(), signal.{name})
 old = {where}
 def new(*args, **options):
-    stop()
-    return old(*args, **options)
+    {before}
+    result = old(*args, **options)
+    {after}
+    return result
 {where} = new
 """
 
@@ -99,13 +101,17 @@ def new(*args, **options):
         ("train.evaluate.sample_answers", 2, "SIGINT"),
         ("train.grading.grade", 1, "SIGTERM"),
         ("train.update", 4, "SIGINT"),
-        ("train.torch.optim.AdamW.step", 3, "SIGTERM"),  # the weights are about to change: it waits
+        ("after train.torch.optim.AdamW.step", 3, "SIGTERM"),  # ahead of the log: it waits
+        ("after train.checkpoint.Log.write", 5, "SIGTERM"),  # the position is not noted yet: waits
         ("train.checkpoint.write", 1, "SIGINT"),  # so does it while a checkpoint is written
         ("train.save_student", 1, "SIGTERM"),  # too late: the run is done
     ],
 )
 def test_a_signal_writes_a_checkpoint_and_resume_goes_on(where, call, name, whole, tmp_path):
-    code = STOP_AT.format(where=where, call=call, name=name)
+    after = where.startswith("after ")
+    where = where.removeprefix("after ")
+    code = STOP_AT.format(where=where, call=call, name=name, before="pass" if after else "stop()",
+                          after="stop()" if after else "pass")  # fmt: skip
     done = run(cwd=tmp_path, code=code, fails=name == "SIGINT")
     assert done.returncode == (130 if name == "SIGINT" else 0)
     finished = (tmp_path / "run" / "student").exists()
@@ -139,6 +145,38 @@ def test_two_processes_stop_and_resume(tmp_path):
             assert len(checkpoint.read(path).facts["position"]["random"]) == 2
         run_command(*command, cwd=tmp_path)
     assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+NOISY = """
+import os, random
+import numpy as np
+import torch
+rank = int(os.environ.get("RANK", 0))
+torch.manual_seed(rank), random.seed(rank), np.random.seed(rank)
+old = train.metrics.log_line
+def log_line(*args):
+    noise = [[torch.rand(()).item(), random.random(), np.random.rand()]]
+    if train.dist.is_initialized():
+        noise = [None] * 2
+        mine = [torch.rand(()).item(), random.random(), np.random.rand()]
+        train.dist.all_gather_object(noise, mine)
+    return old(*args) | {"noise": noise}
+train.metrics.log_line = log_line
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_process_gets_its_random_numbers_back(processes, tmp_path):
+    """Nothing here draws from the global generators, but a model's own code might: with numbers
+    from all three of them in the log, a resumed run writes the log of a whole one."""
+    for out, flags in (("whole", ()), ("run", ("--steps", "2")), ("run", ("--resume",))):
+        if processes == 1:
+            run(*flags, cwd=tmp_path, code=NOISY, out=out)
+        else:
+            assert {code for code, _ in ranks(NOISY, tmp_path, *flags, out=out)} == {0}
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    noise = [line["noise"] for line in read_log(tmp_path / "whole")[0]]
+    assert len(noise[0]) == processes and len({str(x) for x in noise}) == 6
 
 
 # ------------------------------------------------------------------------------------------ resume
