@@ -13,7 +13,7 @@ Reading key
               renamed into it: under its final name nothing is ever half there
     torn      a checkpoint whose files do not have the SHA-256 that checksums.json says; disks and
               copies do that. It is set aside (`.torn`), with a warning, and the one before serves
-    stop      SIGTERM or Ctrl-C: an exception that is raised where the run can be written down
+    stop      SIGTERM, Ctrl-C or SIGHUP: an exception, raised where the run can be written down
     facts     what is no tensor: step, length of the log, scheduler, random numbers of every
               process. JSON, for nothing here is ever unpickled
 Names come from this file and never from what it reads, and links inside a run folder are refused,
@@ -416,23 +416,27 @@ def set_random_state(state: dict) -> None:
 class Stop(BaseException):
     """A signal asked the process to end; no `except Exception` on its way up may swallow it.
 
-    exit_code: 0 after SIGTERM, for ending when told is no failure; 130 after Ctrl-C, as shells
-        have it.
+    exit_code: 0 after SIGTERM, for ending when told is no failure; 130 after Ctrl-C and 129 after
+        the terminal hung up (SIGHUP), as shells have it.
     """
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
-        self.exit_code = 130 if number == signal.SIGINT else 0
+        self.exit_code = 0 if number == signal.SIGTERM else 128 + number
+
+
+STOPS = {"SIGTERM", "SIGINT", "SIGHUP"} & {number.name for number in signal.Signals}
 
 
 class Interruptions:
-    """SIGTERM and Ctrl-C become a `Stop` wherever the program is, but not between `hold` and
-    `release`, where it would find weights without their line in the log: there it waits.
+    """STOPS become a `Stop` wherever the program is, but not between `hold` and `release`, where
+    there may be weights without their line in the log: there they wait.
 
     The first signal counts; what comes after it is ignored, so that a checkpoint can be written in
     peace (SIGQUIT and SIGKILL still end everything at once). A signal that was ignored when the
-    program began, as Ctrl-C is in a background job, stays ignored. A context manager: on leaving,
-    handlers are what they were. Outside the main thread it does nothing.
+    program began, as Ctrl-C is in a background job and SIGHUP behind nohup, stays ignored. A
+    context manager: on leaving, handlers are what they were. Outside the main thread it does
+    nothing.
     """
 
     def __init__(self):
@@ -440,7 +444,7 @@ class Interruptions:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.Signals[name] for name in STOPS):
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self.before[number] = signal.signal(number, self._arrived)
         return self

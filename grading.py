@@ -157,7 +157,8 @@ _worker = {}  # what a process that splits sentences was started with
 
 def _start_worker(parent: int, texts: teachability.KnownTexts, splitter) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which will say so
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
+    for number in (signal.SIGTERM, signal.SIGHUP):  # not the parent's handlers
+        signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
     _worker["how"] = texts, splitter
 

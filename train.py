@@ -609,7 +609,8 @@ def save_student(run: Run, out: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Check everything, then load, train, save and say what came of it.
 
-    Exits with 2 on bad input; 1 when the run fails; 0 or 130 when SIGTERM or Ctrl-C ends it."""
+    Exits with 2 on bad input; 1 when the run fails; 0, 130 or 129 when SIGTERM, Ctrl-C or SIGHUP
+    ends it."""
     parser, args = flags.parse(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -714,8 +715,8 @@ def train_and_save(run: Run, out: Path) -> None:
 
 # --------------------------------------------------------------------------------- ends before time
 def end_when_told(out: Path | None, stop: checkpoint.Stop) -> int:
-    """After SIGTERM or Ctrl-C: say how to go on; returns the exit code. out: None if the run has
-    not begun."""
+    """After SIGTERM, Ctrl-C or SIGHUP: say how to go on; returns the exit code. out: None if the
+    run has not begun."""
     rank = int(os.environ.get("RANK", 0))
     if rank == 0:
         path = checkpoint.last_written(out) if out else None

@@ -4,11 +4,11 @@ r"""Kill runs of `train.py` at random moments, resume them, and compare with run
     python benchmarks/soak.py --kills 500 --seed 1
 
 Short toy runs, of the CASES in turn, are started with `--resume` and ended at a random moment: most
-with SIGKILL, of every process at once; the rest with SIGTERM or Ctrl-C.  The same command starts
-them again, and so on until they finish.  A finished run must have the same lines in its log (times
-aside), the same files in student/ and the same last checkpoint, byte for byte, as the run of the
-same command that nobody touched.  After every kill, what lies there must be whole: no checkpoint
-torn, every line of the log but the last one an object.
+with SIGKILL, of every process at once; the rest with SIGTERM, Ctrl-C or SIGHUP.  The same command
+starts them again, and so on until they finish.  A finished run must have the same lines in its log
+(times aside), the same files in student/ and the same last checkpoint, byte for byte, as the run of
+the same command that nobody touched.  After every kill, what lies there must be whole: no
+checkpoint torn, every line of the log but the last one an object.
 
 Reading key
     kills        of running processes; a run that had already finished when it was to die does not
@@ -53,7 +53,7 @@ CASES = {  # flags, processes
     "two updates": ("--method release --updates-per-rollout 2 --warmup-steps 9 --eval-every 1", 1),
     "two processes": ("--method opd", 2),
 }
-SIGNALS = (signal.SIGKILL,) * 6 + (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGKILL,) * 6 + (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def command(case: str, out: Path) -> list[str]:

@@ -373,7 +373,9 @@ def test_a_log_goes_on_where_it_was_and_loses_nothing(tmp_path):
 
 
 # -------------------------------------------------------------------------------- when to stop
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_stops_at_once_but_waits_while_held(number, code):
     before = signal.getsignal(number)
     signals = checkpoint.Interruptions()
@@ -394,14 +396,15 @@ def test_a_signal_stops_at_once_but_waits_while_held(number, code):
     assert done == ["held"] and signals.number == number
 
 
-def test_a_signal_that_was_ignored_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_was_ignored_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with checkpoint.Interruptions() as signals:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         assert signals.number is None
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def test_a_swallowed_stop_is_raised_again_at_the_next_release():

@@ -1873,7 +1873,7 @@ def test_any_optimizer_goes_on_bit_for_bit(seed, lr, betas, kind, before):
 
 
 @prop("checkpoint.Interruptions", "checkpoint.Stop", examples=60,
-      events=st.lists(st.sampled_from(["hold", "release", "SIGTERM", "SIGINT"]), max_size=8))
+      events=st.lists(st.sampled_from(["hold", "release", *sorted(checkpoint.STOPS)]), max_size=8))
 def test_a_stop_is_raised_once_at_the_first_moment_that_is_not_held(events):
     held, waiting, expected = False, None, None
     for number, event in enumerate(events):
@@ -1892,7 +1892,7 @@ def test_a_stop_is_raised_once_at_the_first_moment_that_is_not_held(events):
                     getattr(signals, event)()
     except checkpoint.Stop as stop:
         assert (reached, str(stop)) == expected
-        assert stop.exit_code == (130 if str(stop) == "SIGINT" else 0)
+        assert stop.exit_code == {"SIGTERM": 0, "SIGINT": 130, "SIGHUP": 129}[str(stop)]
     else:
         assert expected is None
 

@@ -100,7 +100,7 @@ def new(*args, **options):
         ("train.sample", 2, "SIGTERM"),
         ("train.evaluate.sample_answers", 2, "SIGINT"),
         ("train.grading.grade", 1, "SIGTERM"),
-        ("train.update", 4, "SIGINT"),
+        ("train.update", 4, "SIGHUP"),
         ("after train.torch.optim.AdamW.step", 4, "SIGTERM"),  # ahead of the log: it waits
         ("after train.checkpoint.Log.write", 5, "SIGTERM"),  # the position is not noted yet: waits
         ("train.checkpoint.write", 1, "SIGINT"),  # so does it while a checkpoint is written
@@ -112,8 +112,8 @@ def test_a_signal_writes_a_checkpoint_and_resume_goes_on(where, call, name, whol
     where = where.removeprefix("after ")
     code = STOP_AT.format(where=where, call=call, name=name, before="pass" if after else "stop()",
                           after="stop()" if after else "pass")  # fmt: skip
-    done = run(cwd=tmp_path, code=code, fails=name == "SIGINT")
-    assert done.returncode == (130 if name == "SIGINT" else 0)
+    done = run(cwd=tmp_path, code=code, fails=name != "SIGTERM")
+    assert done.returncode == {"SIGTERM": 0, "SIGINT": 130, "SIGHUP": 129}[name]
     finished = (tmp_path / "run" / "student").exists()
     assert finished == (where == "train.save_student")
     last = done.stderr.replace("\r", "\n").strip().splitlines()
@@ -447,19 +447,21 @@ def test_two_processes_do_not_write_one_run(tmp_path):
     """
     first, place = forked.start([*FLAGS, "--out", "run"], tmp_path, textwrap.dedent(code))
     log = tmp_path / "run" / "log.jsonl"
-    while first.exitcode is None and not (log.exists() and log.stat().st_size):
-        time.sleep(0.01)
-    for flags in ((), ("--resume",)):
-        done = run(*flags, cwd=tmp_path, fails=True)
-        assert done.returncode == 2
-        assert done.stderr.strip() == (
-            "train.py: error: --out run: another process is writing this run"
-        )
-    with pytest.raises(BlockingIOError):
-        checkpoint.Log(tmp_path / "run")
-    assert len(log.read_text().splitlines()) == 1, "a log that somebody else has is not cut"
-    first.kill()
-    forked.finish(first, place)
+    try:
+        while first.exitcode is None and not (log.exists() and log.stat().st_size):
+            time.sleep(0.01)
+        for flags in ((), ("--resume",)):
+            done = run(*flags, cwd=tmp_path, fails=True)
+            assert done.returncode == 2
+            assert done.stderr.strip() == (
+                "train.py: error: --out run: another process is writing this run"
+            )
+        with pytest.raises(BlockingIOError):
+            checkpoint.Log(tmp_path / "run")
+        assert len(log.read_text().splitlines()) == 1, "a log that somebody else has is not cut"
+    finally:
+        first.kill()
+        forked.finish(first, place)
     run("--resume", cwd=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
