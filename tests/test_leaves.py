@@ -1,6 +1,7 @@
 """Every concept file works alone: copied into an empty folder, its doctests pass there."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -66,3 +67,8 @@ def test_doctests_of_the_scripts():
 def test_nothing_but_tests_imports_train():
     for path in ROOT.glob("*.py"):
         assert "train" not in imports(path), path.name
+
+
+def test_the_readme_lists_every_file_and_no_other():
+    rows = re.findall(r"^\| `(\w+\.py)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(path.name for path in ROOT.glob("*.py"))
