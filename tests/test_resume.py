@@ -129,7 +129,7 @@ def test_a_signal_writes_a_checkpoint_and_resume_goes_on(where, call, name, whol
 def test_two_processes_stop_and_resume(tmp_path):
     """torchrun forwards the signal to both; the checkpoint holds random numbers of both."""
     for name in ("whole", "run"):
-        command = [*TORCHRUN, ROOT / "train.py", *FLAGS, "--resume", "--out", name]
+        command = [*TORCHRUN, ROOT / "train.py", *FLAGS, "--steps", "20", "--resume", "--out", name]
         if name == "run":
             with open(tmp_path / "output.txt", "w") as output:
                 process = subprocess.Popen([str(c) for c in command], cwd=tmp_path, stderr=output,
@@ -371,9 +371,9 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(fate, tmp_path):
     if os.environ["RANK"] == "1":
         train.update = update
     """
-    flags = ("--method", "opd", "--timeout", "5", "--checkpoint-every", "0")
+    flags = ("--method", "opd", "--timeout", "15", "--checkpoint-every", "0")
     first, second = start_ranks(code, tmp_path, *flags)
-    done = forked.finish(*first, 90)  # a hang would be killed, and have another exit code
+    done = forked.finish(*first, 120)  # a hang would be killed, and have another exit code
     forked.finish(*second, 0)
     assert done.returncode == 1 and "rank 0: lost contact with another process" in done.stderr
     assert "Traceback" not in done.stderr
