@@ -222,7 +222,7 @@ def autocast(args):
     return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
-# ---------------------------------------------------------------------------------------- one run
+# ----------------------------------------------------------------------------------------- a step
 
 
 class Stopwatch:
