@@ -21,6 +21,7 @@ so nothing outside it is read, written or deleted.
 """
 
 import base64
+import contextlib
 import errno
 import hashlib
 import json
@@ -87,13 +88,14 @@ def make_folder(out: Path) -> None:
 def write_json(path: Path, content: dict) -> None:
     """The whole file or, whatever happens, the one that was there before."""
     partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # it may be a link
-    with open(partial, "x") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _flush(path.parent)
+    with _naming(path):
+        partial.unlink(missing_ok=True)  # it may be a link
+        with open(partial, "x") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _flush(path.parent)
 
 
 def read_config(out: Path) -> dict | None:
@@ -166,17 +168,20 @@ class Log:
         """Append one object; returns the bytes of the log. What is not finite becomes null, for
         JSON has no other word for it."""
         text = json.dumps(_finite(line), allow_nan=False) + "\n"
-        self.file.write(text.encode())
-        self.file.flush()
+        with _naming(self.path):
+            self.file.write(text.encode())
+            self.file.flush()
         return self.file.tell()
 
     def flush(self) -> None:
         """Wait until everything is on the disk."""
-        os.fsync(self.file.fileno())
+        with _naming(self.path):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
+        with contextlib.suppress(OSError):  # of a line that `write` has complained about
+            self.file.close()
 
 
 def _lock(file) -> None:
@@ -196,8 +201,9 @@ def _finite(value):
 def write_fault(out: Path, name: str, tensors: dict) -> Path:
     """Tensors of what went wrong, in faults/; returns where."""
     path = Path(out) / "faults" / name
-    path.parent.mkdir(exist_ok=True)
-    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+    with _naming(path):
+        path.parent.mkdir(exist_ok=True)
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
     return path
 
 
@@ -223,18 +229,23 @@ def forget_faults(out: Path) -> None:
 
 
 def replace_folder(out: Path, name: str, fill) -> None:
-    """Have `fill(folder)` write a folder, then put it in the place of <out>/<name>."""
+    """Have `fill(folder)` write a folder, then put it in the place of <out>/<name>.
+
+    Raises:
+        OSError: it cannot be written; what was in its place still is.
+    """
     target, partial, old = out / name, out / f"{name}.partial", out / f"{name}.old.partial"
-    _remove(partial)
-    _remove(old)
-    fill(partial)
-    for path in partial.iterdir():
-        _flush(path)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    _flush(out)
-    _remove(old)
+    with _naming(target):
+        _remove(partial)
+        _remove(old)
+        fill(partial)
+        for path in partial.iterdir():
+            _flush(path)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        _flush(out)
+        _remove(old)
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -263,7 +274,7 @@ def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> 
     folder = Path(out) / "checkpoints"
     target = folder / f"step-{step:08d}"
     partial = target.with_name(target.name + ".partial")
-    try:
+    with _naming(target, partial):
         folder.mkdir(exist_ok=True)
         if target.is_symlink() or not target.exists() or what_is_torn(target):
             _clean(folder)
@@ -281,11 +292,6 @@ def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> 
             _flush(folder)
         for old in _steps(folder)[:-keep]:
             _remove(old)
-    except (OSError, SafetensorError) as error:
-        _remove(partial)
-        number = error.errno if isinstance(error, OSError) else _number_in(str(error))
-        reason = os.strerror(number) if number else str(error)
-        raise OSError(number or 0, f"checkpoint of step {step}: {reason}", str(target)) from error
     return target
 
 
@@ -513,6 +519,20 @@ def _remove(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _naming(path: Path, partial: Path | None = None):
+    """Errors of writing become an OSError that names the path: those of an open file name none,
+    those of safetensors are no OSErrors.  What is half-written is removed."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if partial is not None:
+            _remove(partial)
+        number = error.errno if isinstance(error, OSError) else _number_in(str(error))
+        reason = os.strerror(number) if number else str(error)
+        raise OSError(number or 0, f"cannot be written: {reason}", str(path)) from error
 
 
 def _flush(path: Path) -> None:

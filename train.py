@@ -662,7 +662,7 @@ def set_up(args, out: Path) -> tuple[Run, Resume | None, torch.device]:
             checkpoint.check_folder(out, args.resume)
         run = preparing.prepare(args, rank, world)
         resume = find_resume(run, out) if rank == 0 else None
-    except ValueError as caught:
+    except (ValueError, OSError) as caught:  # the latter of a folder that may not be looked into
         error = caught
     device = start_processes(args, world) if world > 1 or error is None else None
 

@@ -307,13 +307,49 @@ def test_a_full_disk_leaves_the_last_checkpoint(limit, tmp_path):
             checkpoint.write(tmp_path, 2, groups, {"step": 2})
         except OSError as error:
             text = str(error)
-            assert "checkpoint of step 2" in text and "step-00000002" in text, text
-            assert "File too large" in text, text
+            assert "cannot be written: File too large" in text, text
+            assert "checkpoints/step-00000002" in text, text
             os._exit(7)
 
     assert in_a_child(work) == 7
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert content(checkpoint.newest(tmp_path))[1] == {"step": 1}
+
+
+def write_log(out):
+    log = checkpoint.Log(out)
+    try:
+        for number in range(1000):
+            log.write({"number": number})
+    finally:
+        log.close()
+
+
+WRITERS = {
+    "log.jsonl": write_log,
+    "config.json": lambda out: checkpoint.write_json(out / "config.json", {"x": "y" * 5000}),
+    "faults/a": lambda out: checkpoint.write_fault(out, "a", {"x": torch.arange(5000)}),
+    "student": lambda out: checkpoint.replace_folder(
+        out, "student", lambda folder: tiny_model("qwen3").save_pretrained(folder)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_whatever_does_not_fit_is_named(name, tmp_path):
+    """Neither an open file nor safetensors names its path when the disk is full."""
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "old").write_text("result")
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        try:
+            WRITERS[name](tmp_path)
+        except OSError as error:
+            assert str(error).endswith(f"cannot be written: File too large: '{tmp_path / name}'")
+            os._exit(7)
+
+    assert in_a_child(work) == 7
+    assert (tmp_path / "student" / "old").read_text() == "result"
 
 
 # ------------------------------------------------------------------------------ folder and config

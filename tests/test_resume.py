@@ -430,6 +430,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(full, whole, tmp_
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("train.py: error: OSError") and "No space left on device" in last
+    path = {"checkpoint": "checkpoints/step-00000006"}.get(full, full)
+    assert last.endswith(f"'run/{path}'")
     step = {"log.jsonl": 2, "checkpoint": 4, "student": 6}[full]
     assert checkpoint.step_of(checkpoint.newest(tmp_path / "run")) == step
     assert not (tmp_path / "run" / "student").exists()
