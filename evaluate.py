@@ -283,7 +283,8 @@ def sample_answers(
             out = rollout.generate(model, batch, batch_size=batch_size, **options)
             ids_BT, mask_BT = out.ids_BT.cpu(), out.response_mask_BT.cpu()
             for (i, _), ids_T, mask_T in zip(part, ids_BT, mask_BT, strict=True):
-                records[i].append(_record(tokenizer, ids_T[mask_T].tolist(), problems[i], stops))
+                ids = ids_T[mask_T].tolist()
+                records[i].append(check_answer(tokenizer, ids, problems[i], stops))
             bar.update(len(part))
     return records
 
@@ -307,7 +308,9 @@ def check_sampling(path, model, prompts, max_new_tokens):
         raise ValueError(f"{path}: {loading.first_line(error)}") from error
 
 
-def _record(tokenizer, ids, problem, stops):
+def check_answer(tokenizer, ids, problem, stops):
+    """One response, ids with its stop token, as a record of `sample_answers`; wrong, whatever it
+    says, where the problem has no answer. `stops`: the ids that end a response."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     answer = extract_answer(text)
     correct = problem["answer"] is not None and is_correct(answer, problem["answer"])

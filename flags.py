@@ -169,27 +169,48 @@ FLAGS = {
 
 
 def make_parser() -> Parser:
-    """FLAGS for argparse; defaults of two parts stay None until `parse` knows the student."""
+    """FLAGS for argparse; defaults of two parts stay None until `fill_in` knows the student."""
     parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for flag, default, text, options in flags:
-            options = dict(options)
-            low, high = options.pop("low", 0), options.pop("high", BIG)
-            real = default[1] if isinstance(default, tuple) else default
-            if real is False:
-                options["action"] = "store_true"
-            elif isinstance(real, int | float):
-                options |= {"type": number(type(real), low, high), "metavar": "N"}
-            elif "choices" not in options:
-                options.setdefault("type", place)
-            if isinstance(default, tuple):
-                text += f" (default {default[0]} | with --student {default[1]})"
-                default = None
-            elif default is not None and default is not False:
-                text += f" (default {default})"
-            group.add_argument(flag, default=default, help=text, **options)
+        add_flags(parser.add_argument_group(title), flags)
     return parser
+
+
+def add_flags(group, flags: list[tuple]) -> None:
+    """Add rows that look like those of FLAGS to a parser or a group of its arguments."""
+    for flag, default, text, options in flags:
+        options = dict(options)
+        low, high = options.pop("low", 0), options.pop("high", BIG)
+        real = default[1] if isinstance(default, tuple) else default
+        if real is False:
+            options["action"] = "store_true"
+        elif isinstance(real, int | float):
+            options |= {"type": number(type(real), low, high), "metavar": "N"}
+        elif "choices" not in options:
+            options.setdefault("type", place)
+        if isinstance(default, tuple):
+            text += f" (default {default[0]} | with --student {default[1]})"
+            default = None
+        elif default is not None and default is not False:
+            text += f" (default {default})"
+        group.add_argument(flag, default=default, help=text, **options)
+
+
+def fill_in(parser: Parser, args: argparse.Namespace) -> None:
+    """What depends on the kind of student and the machine, where it was left open; exit 2 if there
+    is no such machine."""
+    args.difficulty = args.difficulty or toy.world(args.toy).moves
+    limit = toy.response_limit(args.difficulty) if args.problems is None else 8192
+    args.max_new_tokens = args.max_new_tokens or limit
+    for flag, default, *_ in sum(FLAGS.values(), []):
+        name = flag[2:].replace("-", "_")
+        if isinstance(default, tuple) and getattr(args, name, 0) is None:
+            setattr(args, name, default[args.student is not None])
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    real_on_gpu = args.device == "cuda" and args.student is not None
+    args.dtype = args.dtype or ("bfloat16" if real_on_gpu else "float32")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU here")
 
 
 def parse(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
@@ -199,19 +220,8 @@ def parse(argv: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
     for name, value in dataclasses.asdict(METHODS[args.method]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.difficulty = args.difficulty or toy.world(args.toy).moves
-    limit = toy.response_limit(args.difficulty) if args.problems is None else 8192
-    args.max_new_tokens = args.max_new_tokens or limit
-    for flag, default, *_ in sum(FLAGS.values(), []):
-        name = flag[2:].replace("-", "_")
-        if isinstance(default, tuple) and getattr(args, name) is None:
-            setattr(args, name, default[args.student is not None])
+    fill_in(parser, args)
     args.out = args.out or f"runs/{args.method}-seed{args.seed}"
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    real_on_gpu = args.device == "cuda" and args.student is not None
-    args.dtype = args.dtype or ("bfloat16" if real_on_gpu else "float32")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU here")
     check_combination(parser, args)
     for name in ("RANK", "WORLD_SIZE"):
         if not os.environ.get(name, "1").isdecimal():

@@ -123,18 +123,46 @@ def load_prompts(args, tokenizer, path: str | None, split: str, task="dial") -> 
     return problems, loading.render_prompts(tokenizer, problems, thinking=args.thinking)
 
 
-def prepare(args, rank: int, world: int) -> Run:
-    """Everything that can fail without the weights: tokenizers, problems, prompts, limits."""
+def open_pair(args) -> tuple[dict, dict, int]:
+    """What can be said of student and teacher without their weights: tokenizers and configs by
+    flag, and the number of token ids that mean the same to both. ValueError if theirs differ."""
     paths = student_and_teacher(args)
     tokenizers, configs = {}, {}
     for flag, path in paths.items():
         tokenizers[flag] = loading.load_tokenizer(path, trust_remote_code=args.trust_remote_code)
         config = loading.load_config(path, trust_remote_code=args.trust_remote_code)
         configs[flag] = config.get_text_config(decoder=True)
-    tokenizer = tokenizers["--student"]
     vocab_size = min(
         loading.common_vocabulary(*tokenizers.values()), *(c.vocab_size for c in configs.values())
     )
+    return tokenizers, configs, vocab_size
+
+
+def check_prompts(tokenizer, configs, vocab_size: int, problems, prompts, max_new_tokens) -> None:
+    """ValueError that names the first problem whose prompt holds what the models do not share, or
+    does not fit them."""
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if max(prompt) >= vocab_size:
+            raise ValueError(
+                f"{problem['where']}: the prompt holds {tokenizer.decode([max(prompt)])!r}, which "
+                f"is not among the {vocab_size} tokens that --student and --teacher share"
+            )
+    for config in configs.values():
+        loading.check_fit(config, problems, prompts, max_new_tokens)
+
+
+def open_splitter(args) -> tuple[object, str]:
+    """The sentence splitter and its name; ValueError if the one that is wanted is not there."""
+    try:
+        return teachability.sentence_splitter(args.splitter, download=True)
+    except LookupError as error:
+        raise ValueError(f"--splitter {args.splitter}: {error}") from None
+
+
+def prepare(args, rank: int, world: int) -> Run:
+    """Everything that can fail without the weights: tokenizers, problems, prompts, limits."""
+    tokenizers, configs, vocab_size = open_pair(args)
+    tokenizer = tokenizers["--student"]
     for flag, count in grading.candidates_needed(args).items():
         if count > vocab_size:
             raise ValueError(f"{flag} {count} exceeds the vocabulary of {vocab_size}")
@@ -149,20 +177,10 @@ def prepare(args, rank: int, world: int) -> Run:
         )
     all_problems = problems + eval_problems + ood_problems
     all_prompts = prompts + eval_prompts + ood_prompts
-    for problem, prompt in zip(all_problems, all_prompts, strict=True):
-        if max(prompt) >= vocab_size:
-            raise ValueError(
-                f"{problem['where']}: the prompt holds {tokenizer.decode([max(prompt)])!r}, which "
-                f"is not among the {vocab_size} tokens that --student and --teacher share"
-            )
-    for config in configs.values():
-        loading.check_fit(config, all_problems, all_prompts, args.max_new_tokens)
+    check_prompts(tokenizer, configs, vocab_size, all_problems, all_prompts, args.max_new_tokens)
     splitter, splitter_name, sentences = None, None, None
     if grading.signals(args):
-        try:
-            splitter, splitter_name = teachability.sentence_splitter(args.splitter, download=True)
-        except LookupError as error:
-            raise ValueError(f"--splitter {args.splitter}: {error}") from None
+        splitter, splitter_name = open_splitter(args)
         sentences = grading.Sentences(tokenizer, splitter, args.sentence_workers)
     return Run(
         args=args, rank=rank, world=world, tokenizer=tokenizer, splitter=splitter,
@@ -186,11 +204,6 @@ def student_and_teacher(args) -> dict[str, str]:
 
 def describe(run: Run) -> dict:
     """config.json: every flag and what the numbers depended on."""
-    commit = ""
-    with contextlib.suppress(OSError):  # no git on this machine
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if run.args.device == "cuda" else platform.processor()
     return {
         "flags": vars(run.args),
         "models": student_and_teacher(run.args),
@@ -202,6 +215,18 @@ def describe(run: Run) -> dict:
         "prompts_sha256": fingerprint(run),
         "evaluation_problems": len(run.eval_problems),
         "ood_problems": len(run.ood_problems),
+        **surroundings(run.args),
+    }
+
+
+def surroundings(args) -> dict:
+    """Where and when numbers come about: commit, device, threads, versions, time."""
+    commit = ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
+    return {
         "commit": commit or None,
         "device": device or platform.machine(),
         "threads": torch.get_num_threads(),
