@@ -40,6 +40,7 @@ LEVEL = 0.95  # of every interval
 MOST_BINS = 24  # of a curve, unless told
 RUNNING = 0.1  # a bin counts for the fit if so large a share of the responses reaches it
 FALL = 0.05  # a fall of a probability that is worth the name
+EXPLAINED = 0.5  # R^2 from which on a logistic is taken for a description of the curve
 
 
 # ---------------------------------------------------------------------------- means with errors
@@ -92,17 +93,19 @@ def plain(value):
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def bins(length: int, most: int = MOST_BINS) -> np.ndarray:
-    """Edges of at most `most` bins of equal whole width that hold positions 0..length-1.
-    Raises ValueError unless both are whole numbers of at least 1.
+def bins(length: int, most: int = MOST_BINS, *, width: int | None = None) -> np.ndarray:
+    """Edges of bins of equal whole width that hold positions 0..length-1: of that width, or as
+    narrow as at most `most` of them allow.
+    Raises ValueError unless all are whole numbers of at least 1.
 
-    >>> bins(10, 4)
-    array([ 0,  3,  6,  9, 12])
+    >>> bins(10, 4), bins(10, width=5)
+    (array([ 0,  3,  6,  9, 12]), array([ 0,  5, 10]))
     """
-    for name, value in (("length", length), ("most", most)):
+    given = {"length": length, "most": most} | ({} if width is None else {"width": width})
+    for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    width = -(-length // most)
+    width = -(-length // most) if width is None else width
     return np.arange(0, -(-length // width) + 1) * width
 
 
@@ -369,8 +372,8 @@ class Fit:
     """The logistic of a curve with bootstrap intervals, [low, high] each.
 
     fall         by how much the fit falls from the first to the last bin that counted
-    located      whether t* means anything: the fall is surely above FALL, and the interval of t*
-                 lies inside what was seen
+    located      whether t* means anything: the fall is surely above FALL, R^2 at least EXPLAINED,
+                 and the interval of t* lies inside what was seen
     seen         first and last position that counted, tokens
     midpoint_R, fall_R   the draws, in the order of `resample`
     """
@@ -417,12 +420,13 @@ def fit_curve(found: Curve, **resampling) -> Fit | None:
     fall_R = -np.diff(drop_R[:, None] * _falling(slope_R[:, None] * (ends - mid_R[:, None])))[:, 0]
     low, high = interval(mid_R)
     fall_interval = interval(fall_R)
+    falls = fall_interval[0] > FALL and point.r2 >= EXPLAINED
     return Fit(
         logistic=point,
         midpoint_interval=[plain(low - width / 2), plain(high + width / 2)],
         slope_interval=interval(slope_R), drop_interval=interval(drop_R),
         floor_interval=interval(floor_R),
         fall=float(point(ends[0]) - point(ends[1])), fall_interval=fall_interval,
-        located=bool(fall_interval[0] > FALL and ends[0] < low and high < ends[1]),
+        located=bool(falls and ends[0] < low and high < ends[1]),
         seen=tuple(ends.tolist()), width=width, midpoint_R=mid_R, fall_R=fall_R,
     )  # fmt: skip

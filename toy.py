@@ -57,6 +57,7 @@ import loading
 
 ASSETS = Path(__file__).resolve().parent / "assets" / "toy"
 MARKS, MAX_AMOUNT, MAX_MOVES = 16, 5, 12
+MOVE_TOKENS = 11  # of a move in a response
 SPECIAL = ("<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>")
 # The last dozen words are in no text yet: a later world can use them and keep the same tokenizer.
 WORDS = (
@@ -263,7 +264,7 @@ def wording_share(texts, word):
 
 def response_limit(moves):
     """Longest response worth sampling, tokens: half as long again as the right one, 11 n + 17."""
-    return 3 * (11 * moves + 17) // 2
+    return 3 * (MOVE_TOKENS * moves + 17) // 2
 
 
 def reverse_response(problem):

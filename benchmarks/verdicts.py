@@ -1,0 +1,289 @@
+r"""Is `diagnose.py` right? Its advice before training against what training did, and t* after it.
+
+    python benchmarks/verdicts.py                     both tables and the picture of the README
+    python benchmarks/verdicts.py --seeds 0 --jobs 1  a part of it, into runs/verdicts
+
+1. The advice: `diagnose.py` on every world (and on easier problems of `horizon`) for which
+   results/compare.json knows what methods achieve, with several seeds of its sampling. Its regret
+   is the accuracy of the best method that was measured, or of not training at all, minus that of
+   the method that it suggests. Its thresholds were chosen with the worlds marked "seen" in view.
+2. After training: `diagnose.py --compare` on students that opd, release and lgr have trained, five
+   seeds each: has the curve of the teacher's confidence moved? Trains what is not in runs/compare.
+
+Writes verdicts.json, verdicts.md and after.png into results/. The last line printed is JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import compare  # noqa: E402
+import figures  # noqa: E402
+
+import curves  # noqa: E402
+import report  # noqa: E402
+import toy  # noqa: E402
+
+SEEN = ["horizon", "clean", "varied", "confident", "off-by-one", "fork", "fork-mirror"]
+CASES = [(world, toy.world(world).moves) for world in [
+    *SEEN, "horizon-0.05", "horizon-0.1", "horizon-0.2", "horizon-0.3",
+    "fork-0.1", "fork-0.25", "fork-1.0",
+]] + [("horizon", 3), ("horizon", 6), ("horizon", 9)]  # fmt: skip
+ADVICE = ["opd", "release", "lgr", "release+lgr"]  # what it may suggest
+AFTER = ["horizon", "varied", "fork"]
+METHODS = ["opd", "release", "lgr"]
+
+
+def seen(world: str, moves: int) -> bool:
+    """Whether a case was looked at when the thresholds were chosen."""
+    return world in SEEN and moves == toy.world(world).moves
+
+
+def diagnose(world: str, moves: int, seed: int, place: Path, others=()) -> dict:
+    """The report of one run of the command; not run again if it is there."""
+    out = place / f"{world}-n{moves}-seed{seed}{'-after' if others else ''}"
+    if not (out / "report.md").exists():
+        command = [sys.executable, str(ROOT / "diagnose.py"), "--toy", world, "--out", str(out),
+                   "--difficulty", str(moves), "--seed", str(seed), "--completions", "0",
+                   "--no-figures"]  # fmt: skip
+        command += ["--compare", *map(str, others)] if others else []
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return json.loads((out / "report.json").read_text())
+
+
+def run_all(tasks: list[tuple], jobs: int) -> list[dict]:
+    """Reports of `diagnose` with these arguments, in order."""
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [pool.submit(diagnose, *task) for task in tasks]
+        return [future.result() for future in tqdm(running, unit="diagnosis")]
+
+
+# ------------------------------------------------------------------------------------ the advice
+def advice(reports: list[dict], runs: list[dict], world: str, moves: int) -> dict:
+    """One line of the first table; accuracies are means over seeds of the training run."""
+    of_case = [run for run in runs if (run["world"], run["moves"]) == (world, moves)]
+    plain = [run for run in of_case if not run["flags"]]
+    after = {
+        method: statistics.mean(run["accuracy"][-1] for run in plain if run["method"] == method)
+        for method in ADVICE if any(run["method"] == method for run in plain)
+    }  # fmt: skip
+    after["none"] = statistics.mean(run["accuracy"][0] for run in plain)
+    suggested = [r["command"]["method"] or "none" for r in reports]
+    students = [r["students"]["student"] for r in reports]
+    return {
+        "world": world, "moves": moves, "seen": seen(world, moves), "suggested": suggested,
+        "teacher": [s["completion"]["teacher"]["mean"] for s in students],
+        "after": {name: round(value, 4) for name, value in after.items()},
+        "regret": [round(max(after.values()) - after[m], 4) if m in after else None
+                   for m in suggested],
+    }  # fmt: skip
+
+
+def advice_table(lines: list[dict]) -> str:
+    """The first table in Markdown."""
+    head = ["world", "moves", "seen", "suggested (each seed)", "teacher alone", "no training",
+            *ADVICE, "regret"]  # fmt: skip
+    rows = []
+    for line in lines:
+        counts = {name: line["suggested"].count(name) for name in dict.fromkeys(line["suggested"])}
+        suggested = ", ".join(f"{name} {n}/{len(line['suggested'])}" for name, n in counts.items())
+        known = [x for x in line["regret"] if x is not None]
+        cells = [f"{line['after'][m]:.3f}" if m in line["after"] else "-" for m in ADVICE]
+        rows.append([line["world"], line["moves"], "yes" if line["seen"] else "no", suggested,
+                     f"{statistics.mean(line['teacher']):.3f}", f"{line['after']['none']:.3f}",
+                     *cells, f"{statistics.mean(known):.3f}" if known else "-"])  # fmt: skip
+    return report.table(head, rows)
+
+
+# -------------------------------------------------------------------------------- after training
+def after_lines(found: dict, world: str, seeds: list[int]) -> list[dict]:
+    """Lines of the second table: the student before, and a line per method over its seeds."""
+    moves = toy.world(world).moves
+    lines = []
+    for method in ["before", *METHODS]:
+        names = ["student"] if method == "before" else \
+            [f"{method}-n{moves}-seed{seed}" for seed in seeds]  # fmt: skip
+        students = [found["students"][name] for name in names]
+        fits = [s["fidelity"]["student"]["fit"] for s in students]
+        lines.append({
+            "world": world, "method": method,
+            "accuracy": [s["completion"]["student"]["mean"] for s in students],
+            "confidence": [s["fidelity"]["student"]["mean"]["mean"] for s in students],
+            "fit": [{k: fit[k] for k in ("midpoint", "midpoint_interval", "slope", "drop", "floor",
+                                         "r2", "located")} for fit in fits],
+            "shift": [s["shift"] for s in students] if method != "before" else [],
+            "curve": [s["fidelity"]["student"]["curve"] for s in students],
+        })  # fmt: skip
+    return lines
+
+
+def spread(values: list, digits: int = 3) -> str:
+    """Mean ± standard error over seeds; a single number as it is."""
+    if not values:
+        return "-"
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+    return text
+
+
+def after_table(lines: list[dict]) -> str:
+    """The second table in Markdown."""
+    head = ["world", "trained by", "accuracy", "teacher's confidence", "t* located", "t*, tokens",
+            "each seed", "moved by, tokens", "moved", "slope, per token", "drop", "floor", "R²"]  # fmt: skip
+    rows = []
+    for line in lines:
+        fits = [fit for fit in line["fit"] if fit["located"]]
+        shifts = [shift for shift in line["shift"] if shift]
+        rows.append([
+            line["world"], line["method"], spread(line["accuracy"]), spread(line["confidence"]),
+            f"{len(fits)}/{len(line['fit'])}", spread([fit["midpoint"] for fit in fits], 1),
+            " ".join(f"{fit['midpoint']:.1f}" for fit in fits) or "-",
+            spread([shift["tokens"] for shift in shifts], 1),
+            f"{sum(shift['moved'] for shift in shifts)}/{len(shifts)}" if shifts else "-",
+            *(spread([fit[k] for fit in fits]) for k in ("slope", "drop", "floor", "r2")),
+        ])  # fmt: skip
+    return report.table(head, rows)
+
+
+def mean_curve(line: dict):
+    """Positions, mean over seeds, half the width of its 95% t interval (0 for one seed), tokens:
+    over the bins that every seed has, and in which a tenth of its responses runs."""
+    X = min(len(curve["mean"]) for curve in line["curve"])
+    mean_SX = np.array([curve["mean"][:X] for curve in line["curve"]], dtype=float)
+    responses_SX = np.array([curve["responses"][:X] for curve in line["curve"]])
+    count_X = np.array([curve["count"][:X] for curve in line["curve"]]).sum(axis=0)
+    runs_X = (responses_SX >= curves.RUNNING * responses_SX.max(axis=1, keepdims=True)).all(axis=0)
+    curve, seeds = line["curve"][0], len(mean_SX)
+    middle_X = (np.array(curve["from"][:X]) + np.array(curve["to"][:X]) - 1) / 2
+    half_X = np.zeros(X)
+    if seeds > 1:
+        half_X = figures.t975(seeds - 1) * mean_SX.std(axis=0, ddof=1) / seeds**0.5
+    return middle_X[runs_X], mean_SX.mean(axis=0)[runs_X], half_X[runs_X], count_X[runs_X]
+
+
+LOOKS = {"before": (figures.GREY, "-"), **{m: figures.LOOKS[m][:2] for m in METHODS}}
+
+
+def draw(lines: list[dict], out: Path) -> None:
+    """after.png: F(t) before and after with the fitted logistic, and what became of t*."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    worlds = list(dict.fromkeys(line["world"] for line in lines))
+    with matplotlib.style.context(["default", figures.STYLE]):
+        figure = Figure((8.5, 4.6), layout="constrained")
+        grid = figure.subplots(2, len(worlds), squeeze=False, height_ratios=[3, 2])
+        for column, world in enumerate(worlds):
+            draw_world(*grid[:, column], [line for line in lines if line["world"] == world])
+            grid[0, column].set(title=world, xlabel="token of the response")
+        grid[0, 0].set_ylabel("teacher's confidence F(t)")
+        figure.supxlabel(
+            "above: mean over seeds with its 95% t interval, thin: fitted logistic · below: every "
+            "seed with its own 95% interval", fontsize=7.5, color="#555555", x=0.99, ha="right",
+        )  # fmt: skip
+        figure.savefig(out / "after.png", metadata={"Software": None})
+
+
+def draw_world(above, below, lines: list[dict]) -> None:
+    """One world: curves above; t* of every seed below, or the mean confidence where there is none."""
+    located = any(fit["located"] for line in lines for fit in line["fit"])
+    for k, line in enumerate(lines):
+        colour, dashes = LOOKS[line["method"]]
+        t_X, mean_X, half_X, count_X = mean_curve(line)
+        above.plot(t_X, mean_X, color=colour, linestyle=dashes, marker=".", label=line["method"])
+        above.fill_between(t_X, mean_X - half_X, mean_X + half_X, color=colour, alpha=0.2, lw=0)
+        if located:
+            t = np.linspace(t_X[0], t_X[-1], 300)
+            fit = curves.fit_logistic(t_X, mean_X, count_X)
+            above.plot(t, fit(t), color=colour, linewidth=0.8)
+        n = len(line["fit"])
+        y = k + (np.arange(n) - (n - 1) / 2) * 0.12
+        if located:
+            x = np.array([fit["midpoint"] for fit in line["fit"]])
+            low, high = np.array([fit["midpoint_interval"] for fit in line["fit"]]).T
+            below.errorbar(x, y, xerr=[(x - low).clip(0), (high - x).clip(0)], color=colour, ls="",
+                           marker="o", markersize=3, elinewidth=0.8)  # fmt: skip
+        else:
+            below.plot(line["confidence"], y, color=colour, ls="", marker="o", markersize=3)
+    if above.get_subplotspec().is_first_col():
+        above.legend(loc="lower left")
+    below.set_yticks(range(len(lines)), [line["method"] for line in lines])
+    below.set_ylim(len(lines) - 0.5, -0.5)
+    below.set_xlabel("t*, token of the response" if located else "mean of F; there is no t*")
+    if not below.get_subplotspec().is_first_col():
+        below.tick_params(labelleft=False)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, then write tables, picture and figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of diagnosis and training")
+    add("--cases", nargs="+", choices=[*toy.WORLDS], help="worlds of the first table (default all)")
+    add("--after", nargs="*", choices=[*toy.WORLDS], default=AFTER, help="worlds of the second")
+    add("--jobs", type=int, default=min(2, os.cpu_count()), help="processes (%(default)s)")
+    add("--runs", type=Path, default=ROOT / "runs" / "compare", help="trained students")
+    add("--place", type=Path, default=ROOT / "runs" / "verdicts", help="diagnoses")
+    add("--out", type=Path, help="default results/, a part of it runs/verdicts/")
+    args = parser.parse_args(argv)
+    whole = args.seeds == [0, 1, 2, 3, 4] and not args.cases and args.after == AFTER
+    out = args.out or (ROOT / "results" if whole else args.place)
+    cases = [case for case in CASES if not args.cases or case[0] in args.cases]
+    compare.build_worlds([world for world, _ in cases] + args.after)
+    cells = {world: compare.cells(world, " ".join(METHODS), curve=True) for world in args.after}
+    todo = [(cell, seed) for world in args.after for cell in cells[world] for seed in args.seeds]
+    compare.run_all(todo, args.runs, args.jobs, [])
+    tasks = [(*case, seed, args.place) for case in cases for seed in args.seeds]
+    for world in args.after:
+        students = [args.runs / f"{cell.name}-seed{seed}" / "student"
+                    for cell in cells[world] for seed in args.seeds]  # fmt: skip
+        tasks.append((world, toy.world(world).moves, 0, args.place, students))
+    found = run_all(tasks, args.jobs)
+    runs = json.loads((ROOT / "results" / "compare.json").read_text())["runs"]
+    S = len(args.seeds)
+    first = [advice(found[i * S : (i + 1) * S], runs, *case) for i, case in enumerate(cases)]
+    second = [line for world, r in zip(args.after, found[len(cases) * S :], strict=True)
+              for line in after_lines(r, world, args.seeds)]  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"command": " ".join(["python benchmarks/verdicts.py", *(argv or sys.argv[1:])]),
+              "commits": sorted({str(r["commit"]) for r in found}),
+              "advice": first, "after": second}  # fmt: skip
+    (out / "verdicts.json").write_text(json.dumps(record, indent=1) + "\n")
+    parts = ["## The advice, and what training did", advice_table(first)]
+    parts += ["## After training", after_table(second)] if second else []
+    text = "\n\n".join(parts) + "\n"
+    (out / "verdicts.md").write_text(text)
+    print(text)
+    if second:
+        try:
+            draw(second, out)
+        except ImportError:
+            print(figures.NEEDED)
+    regrets = {
+        name: [r for line in first if line["seen"] == is_seen for r in line["regret"]
+               if r is not None]
+        for name, is_seen in (("seen", True), ("unseen", False))
+    }  # fmt: skip
+    print(json.dumps({
+        name: {"diagnoses": len(values), "mean_regret": round(statistics.mean(values), 4),
+               "worst": max(values)}
+        for name, values in regrets.items() if values
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
