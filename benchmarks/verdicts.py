@@ -143,7 +143,8 @@ def spread(values: list, digits: int = 3) -> str:
 def after_table(lines: list[dict]) -> str:
     """The second table in Markdown."""
     head = ["world", "trained by", "accuracy", "teacher's confidence", "t* located", "t*, tokens",
-            "each seed", "moved by, tokens", "moved", "slope, per token", "drop", "floor", "R²"]  # fmt: skip
+            "each seed", "moved by, tokens", "moved", "slope, per token", "drop", "floor",
+            "R²"]  # fmt: skip
     rows = []
     for line in lines:
         fits = [fit for fit in line["fit"] if fit["located"]]
@@ -199,7 +200,7 @@ def draw(lines: list[dict], out: Path) -> None:
 
 
 def draw_world(above, below, lines: list[dict]) -> None:
-    """One world: curves above; t* of every seed below, or the mean confidence where there is none."""
+    """One world: curves above; below t* of every seed or, without any, the mean confidence."""
     located = any(fit["located"] for line in lines for fit in line["fit"])
     for k, line in enumerate(lines):
         colour, dashes = LOOKS[line["method"]]
