@@ -50,8 +50,8 @@ from measuring import Job
 # Rows of flags.FLAGS that mean the same here, and flags of this command alone.
 SHARED = (
     "--toy --student --teacher --problems --difficulty --max-new-tokens --temperature --thinking "
-    "--margin-top-k --margin --min-segments --bic-eps --splitter --lgr-tau --lgr-top-k --device "
-    "--dtype --threads --trust-remote-code --allow-bin --seed"
+    "--margin-top-k --margin --margin-min-entropy --min-segments --bic-eps --splitter --lgr-tau "
+    "--lgr-top-k --device --dtype --threads --trust-remote-code --allow-bin --seed"
 ).split()
 OWN = [
     ("--out", "runs/diagnose", "folder for report and pictures", {"metavar": "FOLDER"}),
@@ -191,7 +191,7 @@ def run(args) -> dict:
         stop_ids=tuple(loading.stop_ids(student, job.teacher, job.tokenizer)),
         pad_id=loading.pad_id(job.tokenizer), vocab_size=job.vocab_size,
         temperature=args.temperature, candidates=args.top_k, margin_top_k=args.margin_top_k,
-        group=args.lgr_top_k, tau=args.lgr_tau, batch_size=args.batch_size,
+        group=args.lgr_top_k, tau=args.lgr_tau, margin=args.margin, batch_size=args.batch_size,
         tokens=args.tokens_per_pass,
     )  # fmt: skip
     try:

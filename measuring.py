@@ -107,13 +107,14 @@ def token_mean(job: Job, found, value_F, include_F=None) -> dict:
 def measure_margin(job: Job, found, responses, edges, desc: str) -> dict:
     """The margin along some responses, and what the release rule makes of it."""
     args, texts = job.args, teachability.KnownTexts(job.tokenizer)
-    lengths = np.bincount(found.row_F)
     scores, gain_B, at_B = [], [], []
-    margins = np.split(found.margin_F, np.cumsum(lengths)[:-1])
-    pairs = zip(responses, margins, strict=True)
-    for ids, margin_T in tqdm(pairs, desc=desc, total=len(responses), unit="response"):
+    ends = np.cumsum(np.bincount(found.row_F))[:-1]
+    counted_F = found.entropy_F >= args.margin_min_entropy
+    parts = zip(responses, np.split(found.margin_F, ends), np.split(counted_F, ends), strict=True)
+    for ids, margin_T, counted_T in tqdm(parts, desc=desc, total=len(responses), unit="response"):
         segment_T = teachability.token_segments(texts, ids, job.splitter)
-        scores.append(teachability.segment_scores(margin_T, segment_T).numpy())
+        scores_N = teachability.segment_scores(margin_T, segment_T, include_T=counted_T)
+        scores.append(scores_N.numpy())
         point = release_rule.release_point(
             scores[-1], min_segments=args.min_segments, eps=args.bic_eps
         )
@@ -123,9 +124,10 @@ def measure_margin(job: Job, found, responses, edges, desc: str) -> dict:
     gain_B, at_B = np.array(gain_B), np.array(at_B)
     fired_B = ~np.isnan(at_B)
     counts = np.array([len(scores_N) for scores_N in scores])
-    sentence_N = np.concatenate([np.arange(n) for n in counts])
+    score_N, sentence_N = np.concatenate(scores), np.concatenate([np.arange(n) for n in counts])
+    heard_N = ~np.isnan(score_N)  # some sentences have no token that counts
     by_sentence = curves.curve(
-        np.concatenate(scores), sentence_N, np.repeat(np.arange(len(counts)), counts),
+        score_N[heard_N], sentence_N[heard_N], np.repeat(np.arange(len(counts)), counts)[heard_N],
         job.problem_B, curves.bins(int(counts.max())), quartiles=True,
     )  # fmt: skip
     middle = [curves.plain(x) for x in np.quantile(at_B[fired_B], [0.25, 0.5, 0.75])] \

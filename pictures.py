@@ -91,7 +91,8 @@ def margin_picture(result: dict):
         draw_curve(by_sentence, m["by_sentence"], colour, label, dashes, True, first=1)
         draw_curve(by_token, m["by_token"], colour, label, dashes, quartiles=True)
     by_sentence.set(title="sentence scores", xlabel="sentence", ylabel="log(1 + mean margin)")
-    by_token.set(title="margins", xlabel="token of the response", ylabel="margin, nats")
+    unit = {"logprob": "margin, nats", "prob": "margin, probability"}[result["settings"]["margin"]]
+    by_token.set(title="margins", xlabel="token of the response", ylabel=unit)
     for axes in (by_sentence, by_token):
         axes.set_ylim(bottom=0)
     by_sentence.xaxis.get_major_locator().set_params(integer=True)

@@ -44,7 +44,8 @@ LOWEST = -teachability.SOLE_CANDIDATE_MARGIN  # log-prob of what the teacher rul
 class How:
     """What the passes need to know. `tokens`: most per pass, padding included; a longer response
     goes alone. `candidates`: top K tokens of either model that are looked at; `margin_top_k` and
-    `group` of them, the student's, for margin and lookahead, which acts above `tau` nats."""
+    `group` of them, the student's, for margin (of kind `margin`) and lookahead, which acts where
+    the student's entropy is above `tau` nats."""
 
     stop_ids: tuple[int, ...]
     pad_id: int
@@ -54,6 +55,7 @@ class How:
     margin_top_k: int = 4
     group: int = 8
     tau: float = 0.2
+    margin: str = "logprob"
     batch_size: int = 64
     tokens: int = 16384
     progress: bool = True
@@ -66,7 +68,7 @@ class Readings:
     row_F, position_F   its response, and where in it, from 0
     student_logp_F, teacher_logp_F   log-prob of the token, nats
     entropy_F           of the student, nats
-    fidelity_F, margin_F   see above; the margin in nats
+    fidelity_F, margin_F   see above; the margin in nats, or a difference of probabilities
     overlap_F           share of the student's top K tokens that are among the teacher's
     student_mass_F, teacher_mass_F   probability that each gives to the shared ones
     variance_F, teacher_part_F, own_part_F   `gradient_parts` over the student's top K
@@ -118,6 +120,7 @@ def gradient_parts(student_logp_BTK, teacher_logp_BTK):
     p_BTK = own_BTK.exp()
     parts = []
     for logp_BTK in (teacher_logp_BTK.clamp(min=LOWEST), own_BTK.clamp(min=LOWEST)):
+        logp_BTK = logp_BTK - logp_BTK[..., :1]  # equal ones then are exactly 0
         away_BTK = logp_BTK - (p_BTK * logp_BTK).sum(dim=-1, keepdim=True)
         parts.append(p_BTK * away_BTK)
         parts.append((p_BTK * away_BTK**2).sum(dim=-1))
@@ -222,7 +225,8 @@ def _read_batch(student, teacher, ids_BT, mask_BT, how: How, lookahead: bool):
     yield "teacher_logp_F", theirs.logp_BT.clamp(min=LOWEST)
     yield "entropy_F", own.entropy_BT
     yield "fidelity_F", theirs.max_prob_BT
-    yield "margin_F", teachability.teacher_margin(theirs_BTK[..., : how.margin_top_k])
+    margin_BT = teachability.teacher_margin(theirs_BTK[..., : how.margin_top_k], kind=how.margin)
+    yield "margin_F", margin_BT
     shared_BTK = (own.topk_ids_BTK[..., None] == theirs.topk_ids_BTK[..., None, :]).any(dim=-1)
     yield "overlap_F", shared_BTK.float().mean(dim=-1)
     yield "student_mass_F", (own.topk_logp_BTK.exp() * shared_BTK).sum(dim=-1)
