@@ -40,6 +40,7 @@ LEVEL = 0.95  # of every interval
 MOST_BINS = 24  # of a curve, unless told
 RUNNING = 0.1  # a bin counts for the fit if so large a share of the responses reaches it
 FALL = 0.05  # a fall of a probability that is worth the name
+LARGEST = 1e100  # squares of larger numbers might overflow
 EXPLAINED = 0.5  # R^2 from which on a logistic is taken for a description of the curve
 
 
@@ -103,10 +104,15 @@ def bins(length: int, most: int = MOST_BINS, *, width: int | None = None) -> np.
     """
     given = {"length": length, "most": most} | ({} if width is None else {"width": width})
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    width = -(-length // most) if width is None else width
+        _check_whole(name, value, 1)
+    length, most = int(length), int(most)  # of unsigned ones there is no minus
+    width = -(-length // most) if width is None else int(width)
     return np.arange(0, -(-length // width) + 1) * width
+
+
+def _check_whole(name: str, value, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
+        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
 
 
 def curve(
@@ -118,7 +124,8 @@ def curve(
     row_N: the response that each belongs to. problem_B: the problem of every response; both count
         from 0.
     edges_X1: from `bins`; what lies outside is left out.
-    denominator_N: numbers >= 0; default 1, which makes it a mean of observations.
+    denominator_N: numbers >= 0; default 1, which makes it a mean of observations. A problem counts
+        for the error if it has any, for problems_X if it has observations.
     Raises ValueError for shapes or numbers that do not fit.
 
     >>> found = curve([1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1], [0, 1], bins(2))
@@ -174,10 +181,11 @@ def _check(value_N, denominator_N, position_N, row_N, problem_B, edges_X1):
             raise ValueError(f"{name} must be 1-D whole numbers >= 0, got {x!r:.200}")
     if row_N.size and row_N.max() >= len(problem_B):
         raise ValueError(f"row_N holds {row_N.max()}, but problem_B has {len(problem_B)} responses")
+    for name, x in (("value_N", value_N), ("position_N", position_N), ("edges_X1", edges_X1)):
+        if x.size and not (np.issubdtype(x.dtype, np.number) and np.isfinite(x).all()):
+            raise ValueError(f"{name} must be finite numbers")
     if edges_X1.ndim != 1 or len(edges_X1) < 2 or not (np.diff(edges_X1) > 0).all():
         raise ValueError(f"edges_X1 must be at least two growing numbers, got {edges_X1!r:.200}")
-    if not np.isfinite(value_N).all():
-        raise ValueError("value_N must be finite")
     if not (np.isfinite(weight_N).all() and (weight_N >= 0).all()):
         raise ValueError("denominator_N must be finite and >= 0")
     return value_N, weight_N, position_N, row_N.astype(int), problem_B.astype(int), edges_X1
@@ -202,6 +210,9 @@ def mean(value_B, problem_B, *, denominator_B=None) -> dict:
     {'mean': 0.5, 'se': 0.5, 'count': 2, 'problems': 2}
     """
     value_B, problem_B = np.asarray(value_B, dtype=np.float64), np.asarray(problem_B)
+    shapes = [np.shape(z) for z in (value_B, problem_B, denominator_B) if z is not None]
+    if value_B.ndim != 1 or len(set(shapes)) != 1:
+        raise ValueError(f"value_B, problem_B, denominator_B must be 1-D of one length: {shapes}")
     there_B = ~np.isnan(value_B)
     if denominator_B is not None:
         denominator_B = np.asarray(denominator_B)[there_B]
@@ -216,9 +227,12 @@ def mean(value_B, problem_B, *, denominator_B=None) -> dict:
 
 def resample(problems: int, resamples: int = 400, seed: int = 0) -> np.ndarray:
     """How often every problem is drawn in every resample, [R, P]: the same for the same arguments,
-    so that two students on the same problems are compared on the same resamples."""
-    if problems < 1 or resamples < 1:
-        raise ValueError(f"problems and resamples must be at least 1: {problems}, {resamples}")
+    so that two students on the same problems are compared on the same resamples. Raises ValueError
+    unless both are whole numbers of at least 1, and the seed one of at least 0."""
+    for name, value, low in (
+        ("problems", problems, 1), ("resamples", resamples, 1), ("seed", seed, 0)
+    ):  # fmt: skip
+        _check_whole(name, value, low)
     rng = np.random.default_rng(seed)
     return rng.multinomial(problems, np.full(problems, 1 / problems), size=resamples)
 
@@ -235,7 +249,8 @@ def interval(draws_R) -> list:
 def regression(x_N, y_N, problem_N, **resampling) -> dict:
     """Pearson's r of x and y and the slope of y on x, least squares, with bootstrap intervals over
     problems: {"r", "r_interval", "slope", "slope_interval", "count", "problems"}; None where x or y
-    do not vary. Raises ValueError for shapes that differ or numbers that are not finite.
+    do not vary. Raises ValueError for shapes that differ or numbers that are not finite, or too
+    large to square.
 
     >>> found = regression([0.0, 1.0, 2.0, 3.0], [1.0, 3.0, 5.0, 7.0], [0, 0, 1, 1])
     >>> found["r"], found["slope"]
@@ -246,8 +261,9 @@ def regression(x_N, y_N, problem_N, **resampling) -> dict:
     if x_N.ndim != 1 or not x_N.shape == y_N.shape == problem_N.shape:
         shapes = x_N.shape, y_N.shape, problem_N.shape
         raise ValueError(f"x_N, y_N and problem_N must be 1-D and of one length, not {shapes}")
-    if not (np.isfinite(x_N).all() and np.isfinite(y_N).all()):
-        raise ValueError("x_N and y_N must be finite")
+    for name, z in (("x_N", x_N), ("y_N", y_N)):
+        if not (np.abs(z) < LARGEST).all():  # nor nan
+            raise ValueError(f"{name} must be finite, and smaller than {LARGEST}")
     names = "r", "r_interval", "slope", "slope_interval"
     if not len(x_N):
         return dict.fromkeys(names) | {"count": 0, "problems": 0}
@@ -261,7 +277,7 @@ def regression(x_N, y_N, problem_N, **resampling) -> dict:
     xx, yy, xy = xx - x * x / n, yy - y * y / n, xy - x * y / n
     noise = 1e-12 * moments_P6.sum(axis=0)  # of sums; what varies less does not vary
     with np.errstate(divide="ignore", invalid="ignore"):
-        r_R = np.where((xx > noise[3]) & (yy > noise[4]), xy / np.sqrt(xx * yy), math.nan)
+        r_R = np.where((xx > noise[3]) & (yy > noise[4]), xy / np.sqrt(xx) / np.sqrt(yy), math.nan)
         slope_R = np.where(xx > noise[3], xy / xx, math.nan)
     return {
         "r": plain(r_R[0]), "r_interval": interval(r_R[1:]),
@@ -312,8 +328,9 @@ def fit_logistic(position_X, value_X, weight_X=None) -> Logistic:
     if t_X.ndim != 1 or len(t_X) < 5 or not t_X.shape == y_X.shape == w_X.shape:
         shapes = t_X.shape, y_X.shape, w_X.shape
         raise ValueError(f"position_X, value_X, weight_X must be 1-D of one length >= 5: {shapes}")
-    if not all(np.isfinite(z).all() for z in (t_X, y_X, w_X)) or not (w_X > 0).all():
-        raise ValueError("position_X, value_X, weight_X must be finite, and weights positive")
+    if not all((np.abs(z) < LARGEST).all() for z in (t_X, y_X, w_X)) or not (w_X > 0).all():
+        what = f"finite, smaller than {LARGEST}, and weights positive"
+        raise ValueError(f"position_X, value_X, weight_X must be {what}")
     if not (np.diff(t_X) > 0).all():
         raise ValueError(f"position_X must grow, got {t_X!r:.200}")
     return Logistic(*(float(x[0]) for x in _search(t_X, y_X[None], w_X[None])))
@@ -323,7 +340,7 @@ def _search(t_X, y_RX, w_RX):
     """Least squares for R series at once: drop, slope, midpoint, floor, r2, [R] each."""
     span, width = t_X[-1] - t_X[0], np.diff(t_X).min()
     flattest, steepest = math.log(2 / span), math.log(8 / width)
-    mids, logs = np.linspace(t_X[0], t_X[-1], 49), np.linspace(flattest, steepest, 25)
+    mids, logs = np.linspace(t_X[0], t_X[-1], 97), np.linspace(flattest, steepest, 25)
     mid_G, log_G = (z.ravel() for z in np.meshgrid(mids, logs, indexing="ij"))
     rows = np.arange(len(y_RX))
     best = _squares(t_X, y_RX, w_RX, mid_G[None], log_G[None])[0].argmin(axis=1)
@@ -331,15 +348,22 @@ def _search(t_X, y_RX, w_RX):
     reach_mid, reach_log = mids[1] - mids[0], logs[1] - logs[0]
     steps = np.arange(-3, 4) / 3
     step_mid_G, step_log_G = (z.ravel() for z in np.meshgrid(steps, steps, indexing="ij"))
-    for _ in range(24):  # the last step is a millionth of the first
-        mid_RG = np.clip(mid_R[:, None] + reach_mid * step_mid_G, t_X[0], t_X[-1])
-        log_RG = np.clip(log_R[:, None] + reach_log * step_log_G, flattest, steepest)
-        best = _squares(t_X, y_RX, w_RX, mid_RG, log_RG)[0].argmin(axis=1)
-        mid_R, log_R = mid_RG[rows, best], log_RG[rows, best]
-        reach_mid, reach_log = 0.55 * reach_mid, 0.55 * reach_log
+    reach_R1 = np.ones((len(y_RX), 1))
+    for _ in range(100):  # a pattern search: closer in only when nothing around is better
+        mid_RG = np.clip(mid_R[:, None] + reach_R1 * reach_mid * step_mid_G, t_X[0], t_X[-1])
+        log_RG = np.clip(log_R[:, None] + reach_R1 * reach_log * step_log_G, flattest, steepest)
+        squares_RG = _squares(t_X, y_RX, w_RX, mid_RG, log_RG)[0]
+        best = squares_RG.argmin(axis=1)
+        better = squares_RG[rows, best] < squares_RG[:, len(steps) ** 2 // 2]
+        mid_R = np.where(better, mid_RG[rows, best], mid_R)
+        log_R = np.where(better, log_RG[rows, best], log_R)
+        reach_R1[~better] *= 0.4
+        if reach_R1.max() < 1e-6:
+            break
     left, around, drop, floor = _squares(t_X, y_RX, w_RX, mid_R[:, None], log_R[:, None])
     with np.errstate(divide="ignore", invalid="ignore"):
-        r2_R = np.where(around[:, 0] > 0, 1 - left[:, 0] / around[:, 0], 0.0)
+        noise_R = 1e-26 * (w_RX * y_RX**2).sum(axis=1)  # what rounding leaves of a constant series
+        r2_R = np.where(around[:, 0] > noise_R, 1 - left[:, 0] / around[:, 0], 0.0)
     return drop[:, 0], np.exp(log_R), mid_R, floor[:, 0], r2_R
 
 
@@ -373,7 +397,7 @@ class Fit:
 
     fall         by how much the fit falls from the first to the last bin that counted
     located      whether t* means anything: the fall is surely above FALL, R^2 at least EXPLAINED,
-                 and the interval of t* lies inside what was seen
+                 and the bootstrap's interval of t* (without the half bin) inside what was seen
     seen         first and last position that counted, tokens
     midpoint_R, fall_R   the draws, in the order of `resample`
     """
@@ -402,19 +426,28 @@ class Fit:
 
 def fit_curve(found: Curve, **resampling) -> Fit | None:
     """Fit the logistic to a curve and to its bootstrap resamples over problems (arguments of
-    `resample`). None with fewer than two problems or five bins that count: see RUNNING."""
+    `resample`). None with fewer than two problems or five bins that count: those up to the first
+    which less than RUNNING of the responses in the fullest one reach."""
     most = found.responses_X.max(initial=0)
     used_X = (found.responses_X >= max(2, RUNNING * most)) & (found.weight_PX.sum(axis=0) > 0)
     used_X &= np.cumsum(~used_X) == 0  # up to the first bin that does not count
-    P = int((found.weight_PX.sum(axis=1) > 0).sum())
+    P = int((found.weight_PX[:, used_X].sum(axis=1) > 0).sum())
     if P < 2 or used_X.sum() < 5:
         return None
     t_X = found.centre_X()[used_X]
     point = fit_logistic(t_X, found.mean_X[used_X], found.weight_PX[:, used_X].sum(axis=0))
     draws_RP = resample(len(found.sum_PX), **resampling)
     w_RX = draws_RP @ found.weight_PX[:, used_X]
-    y_RX = (draws_RP @ found.sum_PX[:, used_X]) / np.maximum(w_RX, np.finfo(float).tiny)
-    drop_R, slope_R, mid_R, floor_R, _ = _search(t_X, y_RX, w_RX)
+    y_RX = draws_RP @ found.sum_PX[:, used_X]
+    y_RX = np.divide(y_RX, w_RX, out=np.zeros_like(y_RX), where=w_RX > 0)
+    there_R = w_RX.sum(axis=1) > 0  # not in draws without any of the problems that count
+    if not there_R.any():
+        return None
+    drop_R, slope_R, mid_R, floor_R, _ = np.full((5, len(draws_RP)), math.nan)
+    for of_R, fitted in zip(
+        (drop_R, slope_R, mid_R, floor_R), _search(t_X, y_RX[there_R], w_RX[there_R]), strict=False
+    ):
+        of_R[there_R] = fitted
     width = float(np.diff(found.edges_X1).max())
     ends = t_X[[0, -1]]
     fall_R = -np.diff(drop_R[:, None] * _falling(slope_R[:, None] * (ends - mid_R[:, None])))[:, 0]

@@ -71,15 +71,15 @@ def answers(job: Job, responses) -> list[list[dict]] | None:
     return [records[i : i + S] for i in range(0, len(records), S)]
 
 
-def right(records) -> np.ndarray:
+def _right(records) -> np.ndarray:
     """1 for a right answer, else 0, [B]."""
     return np.array([float(record["correct"]) for samples in records for record in samples])
 
 
-def per_row(value_F, row_F, rows: int, include_F=None) -> np.ndarray:
+def _per_row(value_F, row_F, rows: int, include_F=None) -> np.ndarray:
     """Mean of a number over the tokens of every response, [B]; nan without any.
 
-    >>> per_row(np.array([1.0, 3.0, 5.0]), np.array([0, 0, 2]), 3).tolist()
+    >>> _per_row(np.array([1.0, 3.0, 5.0]), np.array([0, 0, 2]), 3).tolist()
     [2.0, nan, 5.0]
     """
     if include_F is not None:
@@ -88,7 +88,7 @@ def per_row(value_F, row_F, rows: int, include_F=None) -> np.ndarray:
         return np.bincount(row_F, value_F, rows) / np.bincount(row_F, minlength=rows)
 
 
-def along(job: Job, found, value_F, edges, include_F=None, **options) -> curves.Curve:
+def _along(job: Job, found, value_F, edges, include_F=None, **options) -> curves.Curve:
     """A curve of some number over the positions of its tokens."""
     parts = value_F, found.position_F, found.row_F
     if include_F is not None:
@@ -96,7 +96,7 @@ def along(job: Job, found, value_F, edges, include_F=None, **options) -> curves.
     return curves.curve(*parts, job.problem_B, edges, **options)
 
 
-def token_mean(job: Job, found, value_F, include_F=None) -> dict:
+def _token_mean(job: Job, found, value_F, include_F=None) -> dict:
     """Mean over all tokens with its error over problems."""
     include_F = np.ones(len(value_F), bool) if include_F is None else include_F
     count_B = np.bincount(found.row_F[include_F], minlength=len(job.problem_B))
@@ -134,7 +134,7 @@ def measure_margin(job: Job, found, responses, edges, desc: str) -> dict:
         if fired_B.any() else [None] * 3  # fmt: skip
     return {
         "by_sentence": by_sentence.record(),
-        "by_token": along(job, found, found.margin_F, edges, quartiles=True).record(),
+        "by_token": _along(job, found, found.margin_F, edges, quartiles=True).record(),
         "sentences": curves.mean(counts, job.problem_B),
         "fired": curves.mean(fired_B, job.problem_B),
         "gain_over_6": curves.mean(gain_B > SIGNIFICANT, job.problem_B),
@@ -155,10 +155,10 @@ def measure_signal(job: Job, found, edges) -> dict:
         denominator_N=whole_F,
     )  # fmt: skip
     return {
-        "variance": along(job, found, found.variance_F, edges).record(),
-        "teacher_part": along(job, found, found.teacher_part_F, edges).record(),
-        "own_part": along(job, found, found.own_part_F, edges).record(),
-        "share": along(job, found, found.teacher_part_F, edges, denominator_N=whole_F).record(),
+        "variance": _along(job, found, found.variance_F, edges).record(),
+        "teacher_part": _along(job, found, found.teacher_part_F, edges).record(),
+        "own_part": _along(job, found, found.own_part_F, edges).record(),
+        "share": _along(job, found, found.teacher_part_F, edges, denominator_N=whole_F).record(),
         "share_by_quarter": by_quarter.record(),
     }
 
@@ -166,13 +166,13 @@ def measure_signal(job: Job, found, edges) -> dict:
 def measure_lookahead(job: Job, found, right_B) -> dict:
     """How often the student hesitates, and what its choices then do to the teacher."""
     there_F = ~np.isnan(found.spread_F)
-    result = {"why_not": job.lookahead, "triggered": token_mean(job, found, found.hesitates_F)}
+    result = {"why_not": job.lookahead, "triggered": _token_mean(job, found, found.hesitates_F)}
     if job.lookahead:
         return result
-    pull_B = per_row(found.pull_F, found.row_F, len(job.problem_B), there_F)
+    pull_B = _per_row(found.pull_F, found.row_F, len(job.problem_B), there_F)
     result |= {
-        "spread": token_mean(job, found, found.spread_F, there_F),
-        "telling": token_mean(job, found, (found.spread_F > TELLING).astype(float), there_F),
+        "spread": _token_mean(job, found, found.spread_F, there_F),
+        "telling": _token_mean(job, found, (found.spread_F > TELLING).astype(float), there_F),
         "competence": None,
     }
     if right_B is not None:
@@ -200,14 +200,14 @@ def measure_compatibility(job: Job, found, responses, records) -> dict:
     if records is not None:
         summary = evaluate.summarise(records, resamples=job.args.resamples, seed=job.args.seed)
     return {
-        "overlap": token_mean(job, found, found.overlap_F),
-        "student_mass": token_mean(job, found, found.student_mass_F),
-        "teacher_mass": token_mean(job, found, found.teacher_mass_F),
+        "overlap": _token_mean(job, found, found.overlap_F),
+        "student_mass": _token_mean(job, found, found.student_mass_F),
+        "teacher_mass": _token_mean(job, found, found.teacher_mass_F),
         "log_probs": curves.regression(
             found.student_logp_F, found.teacher_logp_F, job.problem_B[found.row_F],
             **job.resampling(),
         ),
-        "reverse_kl": token_mean(job, found, found.student_logp_F - found.teacher_logp_F),
+        "reverse_kl": _token_mean(job, found, found.student_logp_F - found.teacher_logp_F),
         "stop_at_end": stops,
         "teacher_stops_earlier": curves.mean(earlier_B, job.problem_B),
         "truncated": curves.mean(~ended_B, job.problem_B),
@@ -239,7 +239,7 @@ def measure_completion(job: Job, found, responses, right_B, teacher_right_B) -> 
         whole = list(responses)
         for row, tail in zip(going, tails, strict=True):
             whole[row] = responses[row][:cut] + tail
-        right_now_B = right(answers(job, whole))
+        right_now_B = _right(answers(job, whole))
         points.append({
             "tokens": cut, "running": len(going) / len(lengths),
             "accuracy": curves.mean(right_now_B, job.problem_B),
@@ -259,7 +259,7 @@ def handover(job: Job, found, going, heads, tails, cut: int, desc: str) -> dict:
     before_F = (found.position_F >= cut - HANDOVER) & (found.position_F < cut)
     own_F = (found.position_F >= cut) & (found.position_F < cut + HANDOVER)
     before_B, own_B = (
-        per_row(found.fidelity_F, found.row_F, rows, inside_F) for inside_F in (before_F, own_F)
+        _per_row(found.fidelity_F, found.row_F, rows, inside_F) for inside_F in (before_F, own_F)
     )
     before_B[np.isnan(after_B)] = np.nan  # ended by then
     named = {"before": before_B, "teacher": after_B, "student": own_B,
@@ -286,17 +286,17 @@ def measure(job: Job, student, name: str) -> tuple[dict, curves.Fit | None]:
     edges = curves.bins(longest, width=job.bin_width or None)
     job.bin_width = int(edges[1])  # the next student's curves have the same bins
     records, teachers = answers(job, responses), answers(job, job.teacher_rows)
-    right_B = right(records) if records else None
-    teacher_right_B = right(teachers) if records else None
+    right_B = _right(records) if records else None
+    teacher_right_B = _right(teachers) if records else None
     points, jumps = measure_completion(job, found, responses, right_B, teacher_right_B)
     by_who = {"student": (found, responses), "teacher": (control, job.teacher_rows)}
     fidelity, fits = {"handover": jumps}, {}
     for who, (readings, _) in by_who.items():
-        curve = along(job, readings, readings.fidelity_F, edges)
+        curve = _along(job, readings, readings.fidelity_F, edges)
         fits[who] = curves.fit_curve(curve, **job.resampling())
         fit = fits[who].record() if fits[who] is not None else None
         fidelity[who] = {"curve": curve.record(), "fit": fit,
-                         "mean": token_mean(job, readings, readings.fidelity_F)}  # fmt: skip
+                         "mean": _token_mean(job, readings, readings.fidelity_F)}  # fmt: skip
     completion = None
     if records:
         over = curves.mean(teacher_right_B - right_B, job.problem_B)

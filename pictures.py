@@ -35,37 +35,38 @@ STYLE = {
 WIDTH = 8.5  # inches
 
 
-def numbers(values) -> np.ndarray:
+def _numbers(values) -> np.ndarray:
     """Floats, nan for None.
 
-    >>> numbers([1, None]).tolist()
+    >>> _numbers([1, None]).tolist()
     [1.0, nan]
     """
     return np.array([math.nan if x is None else x for x in values], dtype=float)
 
 
-def middles(curve: dict) -> np.ndarray:
+def _middles(curve: dict) -> np.ndarray:
     """Middle of every bin of a curve in the report."""
-    return (numbers(curve["from"]) + numbers(curve["to"]) - 1) / 2
+    return (_numbers(curve["from"]) + _numbers(curve["to"]) - 1) / 2
 
 
-def draw_curve(
+def _draw_curve(
     axes, curve: dict, colour, label=None, dashes="-", quartiles=False, first=0
 ) -> None:
     """Mean, its interval and, if wanted, the middle half; only where a tenth of the most responses
     runs, for what comes after says little. `first`: what position 0 is called."""
-    responses = numbers(curve["responses"])
+    responses = _numbers(curve["responses"])
     shown = responses >= curves.RUNNING * responses.max(initial=0)
-    x, mean, se = first + middles(curve)[shown], *(numbers(curve[k])[shown] for k in ("mean", "se"))
+    x, mean, se = _middles(curve), _numbers(curve["mean"]), _numbers(curve["se"])
+    x, mean, se = first + x[shown], mean[shown], se[shown]
     axes.plot(x, mean, color=colour, linestyle=dashes, label=label, marker="." * (len(x) < 40))
     half = 1.96 * np.nan_to_num(se)
     axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.35, linewidth=0)
     if quartiles:
-        low, high = (numbers(curve[k])[shown] for k in ("quartile_low", "quartile_high"))
+        low, high = (_numbers(curve[k])[shown] for k in ("quartile_low", "quartile_high"))
         axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
 
 
-def figure_of(columns: int, height: float, caption: str, **ratios):
+def _figure_of(columns: int, height: float, caption: str, **ratios):
     """A row of panels at README width, and the caption at its bottom."""
     from matplotlib.figure import Figure
 
@@ -75,21 +76,21 @@ def figure_of(columns: int, height: float, caption: str, **ratios):
     return figure, list(grid)
 
 
-def sizes(result: dict, s: dict) -> str:
+def _sizes(result: dict, s: dict) -> str:
     """How much a picture rests on."""
     count = s["compatibility"]["tokens"]["count"]
     return f"{count} responses to {result['problems']} problems"
 
 
-def margin_picture(result: dict):
+def _margin_picture(result: dict):
     """By sentence, by token, and the release points."""
     s = result["students"]["student"]
-    caption = "lines: means with 95% intervals; light: middle half · " + sizes(result, s)
-    figure, (by_sentence, by_token, release) = figure_of(3, 2.9, caption)
+    caption = "lines: means with 95% intervals; light: middle half · " + _sizes(result, s)
+    figure, (by_sentence, by_token, release) = _figure_of(3, 2.9, caption)
     for who, (label, colour, dashes) in WHO.items():
         m = s["margin"][who]
-        draw_curve(by_sentence, m["by_sentence"], colour, label, dashes, True, first=1)
-        draw_curve(by_token, m["by_token"], colour, label, dashes, quartiles=True)
+        _draw_curve(by_sentence, m["by_sentence"], colour, label, dashes, True, first=1)
+        _draw_curve(by_token, m["by_token"], colour, label, dashes, quartiles=True)
     by_sentence.set(title="sentence scores", xlabel="sentence", ylabel="log(1 + mean margin)")
     unit = {"logprob": "margin, nats", "prob": "margin, probability"}[result["settings"]["margin"]]
     by_token.set(title="margins", xlabel="token of the response", ylabel=unit)
@@ -98,7 +99,7 @@ def margin_picture(result: dict):
     by_sentence.xaxis.get_major_locator().set_params(integer=True)
     by_sentence.legend(loc="lower left")
     for who, (label, colour, _) in WHO.items():
-        at = numbers(s["margin"][who]["release_at_each"])
+        at = _numbers(s["margin"][who]["release_at_each"])
         fired = at[~np.isnan(at)]
         release.hist(
             fired, bins=np.linspace(0, 1, 21), weights=np.full(len(fired), 1 / len(at)),
@@ -112,7 +113,7 @@ def margin_picture(result: dict):
     return figure
 
 
-def draw_fit(axes, fit: dict | None, colour, label=None) -> None:
+def _draw_fit(axes, fit: dict | None, colour, label=None) -> None:
     """The logistic where it was fitted, and its t* with the interval where it means something."""
     if fit is None:
         return
@@ -124,18 +125,18 @@ def draw_fit(axes, fit: dict | None, colour, label=None) -> None:
         axes.axvline(fit["midpoint"], color=colour, linestyle=":", linewidth=1, label=label)
 
 
-def fidelity_picture(result: dict):
+def _fidelity_picture(result: dict):
     """By position with the fit, and around the handover."""
     s = result["students"]["student"]
     jumps = s["fidelity"]["handover"]
-    caption = "thin: fitted logistic; dotted: t* with its 95% interval · " + sizes(result, s)
-    figure, grid = figure_of(1 + bool(jumps), 3.0, caption)
+    caption = "thin: fitted logistic; dotted: t* with its 95% interval · " + _sizes(result, s)
+    figure, grid = _figure_of(1 + bool(jumps), 3.0, caption)
     for who, (label, colour, dashes) in WHO.items():
         f = s["fidelity"][who]
-        draw_curve(grid[0], f["curve"], colour, label, dashes)
+        _draw_curve(grid[0], f["curve"], colour, label, dashes)
         fit = f["fit"]
         name = f"t* = {fit['midpoint']:.0f}" if fit and fit["located"] else None
-        draw_fit(grid[0], fit, colour, name)
+        _draw_fit(grid[0], fit, colour, name)
     grid[0].set(title="the teacher's confidence F(t)", xlabel="token of the response",
                 ylabel="mean largest probability")  # fmt: skip
     grid[0].legend(loc="best")
@@ -145,7 +146,7 @@ def fidelity_picture(result: dict):
              "teacher": ("after, teacher goes on", ORANGE, "^")}  # fmt: skip
     for key, (label, colour, marker) in named.items():
         x = [j["tokens"] for j in jumps]
-        mean, se = (numbers(j[key][k] for j in jumps) for k in ("mean", "se"))
+        mean, se = (_numbers(j[key][k] for j in jumps) for k in ("mean", "se"))
         grid[1].errorbar(x, mean, 1.96 * np.nan_to_num(se), color=colour, marker=marker,
                          linewidth=1, capsize=2, label=label)  # fmt: skip
     grid[1].set(title="32 tokens around a handover", xlabel="tokens of the student before it")
@@ -154,14 +155,14 @@ def fidelity_picture(result: dict):
     return figure
 
 
-def completion_picture(result: dict):
+def _completion_picture(result: dict):
     """Right answers when the teacher goes on; None without answers or lengths."""
     s = result["students"]["student"]
     c = s["completion"]
     if c is None or not c["points"]:
         return None
-    caption = "bars and bands: 95% intervals · " + sizes(result, s)
-    figure, (axes,) = figure_of(1, 2.9, caption)
+    caption = "bars and bands: 95% intervals · " + _sizes(result, s)
+    figure, (axes,) = _figure_of(1, 2.9, caption)
     ends = {"teacher": "teacher alone", "student": "student alone"}
     for who, label in ends.items():
         colour = WHO[who][1]
@@ -170,7 +171,7 @@ def completion_picture(result: dict):
         axes.axhspan(mean - half, mean + half, color=colour, alpha=0.12, linewidth=0)
     x = [0] + [p["tokens"] for p in c["points"]]
     means = [c["teacher"]] + [p["accuracy"] for p in c["points"]]
-    mean, se = (numbers(m[k] for m in means) for k in ("mean", "se"))
+    mean, se = (_numbers(m[k] for m in means) for k in ("mean", "se"))
     axes.errorbar(x, mean, 1.96 * np.nan_to_num(se), color=GREEN, marker="o", capsize=2,
                   label="student begins, teacher goes on")  # fmt: skip
     axes.set(xlabel="tokens of the student before the teacher goes on", ylabel="right answers",
@@ -179,19 +180,19 @@ def completion_picture(result: dict):
     return figure
 
 
-def signal_picture(result: dict):
+def _signal_picture(result: dict):
     """Variance over the candidates, and the two parts of the gradient."""
     s = result["students"]["student"]
-    figure, (variance, parts, share) = figure_of(
-        3, 2.8, "lines: means with 95% intervals · " + sizes(result, s)
+    figure, (variance, parts, share) = _figure_of(
+        3, 2.8, "lines: means with 95% intervals · " + _sizes(result, s)
     )
-    draw_curve(variance, s["signal"]["variance"], BLUE)
+    _draw_curve(variance, s["signal"]["variance"], BLUE)
     variance.set(title="variance of log p_T", ylabel="nats²")
-    draw_curve(parts, s["signal"]["teacher_part"], ORANGE, "teacher's part")
-    draw_curve(parts, s["signal"]["own_part"], GREY, "student's own", (0, (5, 1.5)))
+    _draw_curve(parts, s["signal"]["teacher_part"], ORANGE, "teacher's part")
+    _draw_curve(parts, s["signal"]["own_part"], GREY, "student's own", (0, (5, 1.5)))
     parts.set(title="norm of the gradient")
     parts.legend(loc="best")
-    draw_curve(share, s["signal"]["share"], ORANGE)
+    _draw_curve(share, s["signal"]["share"], ORANGE)
     share.set(title="teacher's share", ylim=(0, 1))
     for axes in (variance, parts):
         axes.set_ylim(bottom=0)
@@ -200,13 +201,13 @@ def signal_picture(result: dict):
     return figure
 
 
-def compare_picture(result: dict):
+def _compare_picture(result: dict):
     """Fidelity of all students, and their t*; None if there is only one."""
     students = result["students"]
     if len(students) < 2:
         return None
-    caption = "thin: fitted logistic; bars: 95% intervals · " + sizes(result, students["student"])
-    figure, (fidelity, points) = figure_of(
+    caption = "thin: fitted logistic; bars: 95% intervals · " + _sizes(result, students["student"])
+    figure, (fidelity, points) = _figure_of(
         2, 2.2 + 0.22 * len(students), caption, width_ratios=[3, 2]
     )
     palette = [BLUE, RED, GREEN, PINK, SKY, ORANGE]
@@ -214,8 +215,8 @@ def compare_picture(result: dict):
     for k, (name, s) in enumerate(students.items()):
         f, colour = s["fidelity"]["student"], palette[k % len(palette)]
         label = "before" if name == "student" else name
-        draw_curve(fidelity, f["curve"], colour, label, dashes[k % len(dashes)])
-        draw_fit(fidelity, f["fit"] | {"located": False} if f["fit"] else None, colour)
+        _draw_curve(fidelity, f["curve"], colour, label, dashes[k % len(dashes)])
+        _draw_fit(fidelity, f["fit"] | {"located": False} if f["fit"] else None, colour)
         if f["fit"] and f["fit"]["located"]:
             t, (low, high) = f["fit"]["midpoint"], f["fit"]["midpoint_interval"]
             points.errorbar([t], [k], xerr=[[max(t - low, 0)], [max(high - t, 0)]], color=colour,
@@ -233,8 +234,8 @@ def compare_picture(result: dict):
 
 
 PICTURES = {
-    "margin": margin_picture, "fidelity": fidelity_picture, "completion": completion_picture,
-    "signal": signal_picture, "compare": compare_picture,
+    "margin": _margin_picture, "fidelity": _fidelity_picture, "completion": _completion_picture,
+    "signal": _signal_picture, "compare": _compare_picture,
 }  # fmt: skip
 
 

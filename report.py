@@ -46,10 +46,10 @@ class Verdict:
     source: str
 
 
-def two(value, signed: bool = False) -> str:
+def _two(value, signed: bool = False) -> str:
     """A number for a sentence; "?" for none.
 
-    >>> two(0.12345), two(123.4), two(None), two(0.5, signed=True)
+    >>> _two(0.12345), _two(123.4), _two(None), _two(0.5, signed=True)
     ('0.12', '123', '?', '+0.50')
     """
     if value is None:
@@ -57,20 +57,20 @@ def two(value, signed: bool = False) -> str:
     return f"{value:{'+' if signed else ''}{'.2f' if abs(value) < 10 else '.0f'}}"
 
 
-def percent(mean: dict | float | None) -> str:
+def _percent(mean: dict | float | None) -> str:
     """A share for a sentence.
 
-    >>> percent(0.123), percent({"mean": 1.0}), percent(None)
+    >>> _percent(0.123), _percent({"mean": 1.0}), _percent(None)
     ('12%', '100%', '?')
     """
     value = mean["mean"] if isinstance(mean, dict) else mean
     return "?" if value is None else f"{value:.0%}"
 
 
-def sign(mean: dict | None) -> int:
+def _sign(mean: dict | None) -> int:
     """1 or -1 if a mean's 95% interval (1.96 standard errors) lies above or below 0, else 0.
 
-    >>> sign({"mean": 0.3, "se": 0.1}), sign({"mean": -0.1, "se": 0.1}), sign(None)
+    >>> _sign({"mean": 0.3, "se": 0.1}), _sign({"mean": -0.1, "se": 0.1}), _sign(None)
     (1, 0, 0)
     """
     if mean is None or mean["mean"] is None or mean["se"] is None:
@@ -79,7 +79,7 @@ def sign(mean: dict | None) -> int:
     return int(low > 0) - int(high < 0)
 
 
-def side(interval: list | None) -> int:
+def _side(interval: list | None) -> int:
     """1 or -1 if an interval lies above or below 0, else 0 (also without one)."""
     if interval is None or None in interval:
         return 0
@@ -87,28 +87,29 @@ def side(interval: list | None) -> int:
 
 
 # ------------------------------------------------------------------------------------- the items
-def judge_teacher(s: dict) -> Verdict:
+def _judge_teacher(s: dict) -> Verdict:
     """Is the teacher right where the student is not?"""
     rule = "95% interval of the difference of accuracies"
     if s["completion"] is None:
         return Verdict("teacher", "-", "The problems have no answers.", rule, OURS)
     over = s["completion"]["teacher_over_student"]
-    ours, theirs = (two(s["completion"][who]["mean"]) for who in ("student", "teacher"))
+    ours, theirs = (_two(s["completion"][who]["mean"]) for who in ("student", "teacher"))
     says = (
         f"From scratch the teacher gets {theirs} right, the student {ours} (difference "
-        f"{two(over['mean'], True)} ± {two(over['se'])}). Plain OPD heads for the teacher's level."
+        f"{_two(over['mean'], True)} ± {_two(over['se'])}). Plain OPD heads for the teacher's "
+        "level."
     )
-    return Verdict("teacher", {1: "good", 0: "mixed", -1: "bad"}[sign(over)], says, rule, OURS)
+    return Verdict("teacher", {1: "good", 0: "mixed", -1: "bad"}[_sign(over)], says, rule, OURS)
 
 
-def judge_completion(s: dict) -> Verdict:
+def _judge_completion(s: dict) -> Verdict:
     """From how far into the student's response can the teacher still go on better than it?"""
     rule = "95% interval of the difference to the student's own accuracy, at each length"
     points = s["completion"]["points"] if s["completion"] else []
     if not points:
         return Verdict("completion", "-", "Not measured.", rule, LGR)
-    helps = [p["tokens"] for p in points if sign(p["over_student"]) > 0]
-    lost = sign(points[-1]["over_teacher"]) < 0
+    helps = [p["tokens"] for p in points if _sign(p["over_student"]) > 0]
+    lost = _sign(points[-1]["over_teacher"]) < 0
     if not helps:
         says = "From no length of the student's prefix on does the teacher get more right than " \
                "the student alone."  # fmt: skip
@@ -118,12 +119,12 @@ def judge_completion(s: dict) -> Verdict:
         f"From the student's first {helps[-1]} tokens on the teacher still gets more right than "
         "the student alone"
     )
-    says += f"; from {at['tokens']} on, {two(at['accuracy']['mean'])} in all." if lost else "."
+    says += f"; from {at['tokens']} on, {_two(at['accuracy']['mean'])} in all." if lost else "."
     everywhere = len(helps) == len(points)
     return Verdict("completion", "good" if everywhere else "mixed", says, rule, LGR)
 
 
-def judge_fidelity(s: dict) -> Verdict:
+def _judge_fidelity(s: dict) -> Verdict:
     """Does the teacher's confidence fall along the student's responses, and only there?"""
     rule = (
         f"a fall of at least {curves.FALL}, t* located (R² at least {curves.EXPLAINED}, interval "
@@ -136,58 +137,58 @@ def judge_fidelity(s: dict) -> Verdict:
     if not fit["located"]:
         grade = "good" if (fit["fall_interval"][1] or 0) < curves.FALL else "mixed"
         says = (
-            f"The teacher's confidence is {two(student['mean']['mean'])} on average and falls by "
-            f"{two(fit['fall'])}: no point t* where it is lost."
+            f"The teacher's confidence is {_two(student['mean']['mean'])} on average and falls by "
+            f"{_two(fit['fall'])}: no point t* where it is lost."
         )
         return Verdict("fidelity", grade, says, rule, LGR)
     low, high = fit["midpoint_interval"]
-    says = f"The teacher's confidence falls by {two(fit['fall'])}, half of it by t* = " \
+    says = f"The teacher's confidence falls by {_two(fit['fall'])}, half of it by t* = " \
            f"{fit['midpoint']:.0f} tokens [{low:.0f}, {high:.0f}]; "  # fmt: skip
     if own is None:
         says += "of its own responses too little is known."
     elif own["located"]:
-        says += f"on its own responses by {two(own['fall'])} at {own['midpoint']:.0f}, so "
+        says += f"on its own responses by {_two(own['fall'])} at {own['midpoint']:.0f}, so "
         place = own["fall"] > fit["fall"] / 2
         says += "the place matters more than who wrote the prefix." if place else \
             "the student's prefixes make it worse."  # fmt: skip
     else:
-        says += f"on its own responses by {two(own['fall'])} and at no such point: it is the " \
+        says += f"on its own responses by {_two(own['fall'])} and at no such point: it is the " \
                 "student's prefixes that lose it."  # fmt: skip
     return Verdict("fidelity", "bad", says, rule, LGR)
 
 
-def judge_release(s: dict) -> Verdict:
+def _judge_release(s: dict) -> Verdict:
     """Would the release rule act?"""
     paper = PAPER_RELEASE
     rule = f"a BIC gain above 6 in {FIRES:.0%} of the responses (the paper's models: " \
            f"{paper['gain_over_6']:.0%})"  # fmt: skip
     m = s["margin"]["student"]
-    says = f"The rule would stop {percent(m['fired'])} of the student's responses"
+    says = f"The rule would stop {_percent(m['fired'])} of the student's responses"
     if m["release_at"]["median"] is not None:
         says += f", half of them before {m['release_at']['median']:.0%} of their length"
     says += (
-        f"; {percent(m['gain_over_6'])} with a gain above 6 (mean gain {two(m['gain']['mean'])}; "
+        f"; {_percent(m['gain_over_6'])} with a gain above 6 (mean gain {_two(m['gain']['mean'])}; "
         f"the paper: {paper['gain_over_6']:.0%}, {paper['gain']:.0f}, median at "
         f"{paper['median']:.0%}). Of the teacher's own: "
-        f"{percent(s['margin']['teacher']['gain_over_6'])}."
+        f"{_percent(s['margin']['teacher']['gain_over_6'])}."
     )
     grade = "bad" if m["gain_over_6"]["mean"] >= FIRES else "good"
     return Verdict("margin", grade, says, rule, RELEASE)
 
 
-def judge_signal(s: dict) -> Verdict:
+def _judge_signal(s: dict) -> Verdict:
     """Does the gradient still know the teacher at the end?"""
     rule = f"share in the last quarter over the first at least {WEAKENS}"
     quarters = s["signal"]["share_by_quarter"]["mean"]
     if None in quarters:
         return Verdict("signal", "-", "The responses are too short.", rule, OURS)
     says = "The teacher's part of the gradient, by quarter of the response: " \
-           f"{', '.join(percent(x) for x in quarters)}."  # fmt: skip
+           f"{', '.join(_percent(x) for x in quarters)}."  # fmt: skip
     return Verdict("signal", "good" if quarters[3] >= WEAKENS * quarters[0] else "bad", says,
                    rule, f"{LGR}, Proposition 1; threshold ours")  # fmt: skip
 
 
-def judge_lookahead(s: dict) -> Verdict:
+def _judge_lookahead(s: dict) -> Verdict:
     """Would lookahead find anything, and would following it be right?"""
     rule = (
         f"the choice matters at {TELLS:.0%} of the hesitations; 95% interval of its correlation "
@@ -197,8 +198,8 @@ def judge_lookahead(s: dict) -> Verdict:
     if found["why_not"]:
         return Verdict("lookahead", "-", f"Not measured: {found['why_not']}.", rule, LGR)
     says = (
-        f"The student hesitates at {percent(found['triggered'])} of the tokens; at "
-        f"{percent(found['telling'])} of these its choice moves the teacher's next confidence."
+        f"The student hesitates at {_percent(found['triggered'])} of the tokens; at "
+        f"{_percent(found['telling'])} of these its choice moves the teacher's next confidence."
     )
     if (found["telling"]["mean"] or 0) < TELLS:
         return Verdict("lookahead", "good", says + " LGR would have nothing to reward.", rule, LGR)
@@ -206,23 +207,23 @@ def judge_lookahead(s: dict) -> Verdict:
         says += " Whether confident choices are right ones is unknown without answers."
         return Verdict("lookahead", "-", says, rule, LGR)
     r, (low, high) = found["competence"]["r"], found["competence"]["r_interval"]
-    which = side([low, high])
+    which = _side([low, high])
     says += {
         1: " Responses that chose more confident branches are right more often",
         0: " Whether confident branches are right ones cannot be told",
         -1: " Responses that chose more confident branches are WRONG more often: LGR would mislead",
-    }[which] + f" (r = {two(r)} [{two(low)}, {two(high)}])."
+    }[which] + f" (r = {_two(r)} [{_two(low)}, {_two(high)}])."
     return Verdict("lookahead", {1: "bad", 0: "mixed", -1: "mixed"}[which], says, rule, OURS)
 
 
-def judge_compatibility(s: dict) -> list[Verdict]:
+def _judge_compatibility(s: dict) -> list[Verdict]:
     """Do the two models speak the same language?"""
     c = s["compatibility"]
     r, slope = c["log_probs"]["r"], c["log_probs"]["slope"]
     middle = sum(PAPER_R.values()) / 2
     log_probs = Verdict(
         "log-probs", "-" if r is None else "good" if r >= middle else "mixed",
-        f"Log-probs of the student's tokens correlate with r = {two(r)} (slope {two(slope)}; the "
+        f"Log-probs of the student's tokens correlate with r = {_two(r)} (slope {_two(slope)}; the "
         f"papers' pairs: homogeneous {PAPER_R['homogeneous']}, heterogeneous "
         f"{PAPER_R['heterogeneous']}).",
         f"r at least {middle:.3f}, half-way between those two", OURS,
@@ -230,23 +231,23 @@ def judge_compatibility(s: dict) -> list[Verdict]:
     masses = [c["student_mass"]["mean"], c["teacher_mass"]["mean"]]
     overlap = Verdict(
         "overlap", "good" if min(masses) >= SHARED else "mixed",
-        f"Of the likeliest tokens of either model {percent(c['overlap'])} are the same; the "
-        f"student gives these {percent(masses[0])}, the teacher {percent(masses[1])}.",
+        f"Of the likeliest tokens of either model {_percent(c['overlap'])} are the same; the "
+        f"student gives these {_percent(masses[0])}, the teacher {_percent(masses[1])}.",
         f"both at least {SHARED:.0%}", OURS,
     )  # fmt: skip
     stop, earlier = c["stop_at_end"]["teacher"]["mean"], c["teacher_stops_earlier"]["mean"]
     agree = stop is not None and stop >= STOPS and earlier <= RARE
     stopping = Verdict(
         "stopping", "-" if stop is None else "good" if agree else "bad",
-        f"Where the student ends, the teacher would with probability {two(stop)} (the student: "
-        f"{two(c['stop_at_end']['student']['mean'])}); in {percent(earlier)} of the responses it "
+        f"Where the student ends, the teacher would with probability {_two(stop)} (the student: "
+        f"{_two(c['stop_at_end']['student']['mean'])}); in {_percent(earlier)} of the responses it "
         "would rather have ended earlier.",
         f"at least {STOPS}; at most {RARE:.0%}", OURS,
     )  # fmt: skip
     truncated = Verdict(
         "truncated", "good" if c["truncated"]["mean"] <= RARE else "bad",
-        f"The length limit ends {percent(c['truncated'])} of the responses (mean length "
-        f"{two(c['tokens']['mean'])} tokens).", f"at most {RARE:.0%}", OURS,
+        f"The length limit ends {_percent(c['truncated'])} of the responses (mean length "
+        f"{_two(c['tokens']['mean'])} tokens).", f"at most {RARE:.0%}", OURS,
     )  # fmt: skip
     verdicts = [log_probs, overlap, stopping, truncated]
     if c["answers"] is not None:
@@ -254,14 +255,14 @@ def judge_compatibility(s: dict) -> list[Verdict]:
         accuracy, at_n = c["answers"]["accuracy"], c["answers"]["pass_at_n"]
         grade = "bad" if at_n == 0 else "good" if at_n >= RARE else "mixed"
         says = (
-            f"On its own the student gets {two(accuracy)} right, and {two(at_n)} of the problems "
+            f"On its own the student gets {_two(accuracy)} right, and {_two(at_n)} of the problems "
             f"in at least one of {n} attempts."
         )
         verdicts.append(Verdict("student", grade, says, f"pass@{n} at least {RARE:.0%}", OURS))
     return verdicts
 
 
-def judge_text(result: dict) -> list[Verdict]:
+def _judge_text(result: dict) -> list[Verdict]:
     """Vocabulary, stop tokens and template, which do not depend on what was sampled."""
     v, template = result["vocabulary"], result["template"]
     stops = v["stop_ids"]
@@ -284,8 +285,8 @@ def judge(result: dict) -> tuple[list[dict], dict]:
     """Verdicts on the first student, and {"method", "why", "command"}: what to run, if anything."""
     s = result["students"]["student"]
     verdicts = [
-        judge_teacher(s), judge_completion(s), judge_fidelity(s), judge_release(s), judge_signal(s),
-        judge_lookahead(s), *judge_compatibility(s), *judge_text(result),
+        _judge_teacher(s), _judge_completion(s), _judge_fidelity(s), _judge_release(s),
+        _judge_signal(s), _judge_lookahead(s), *_judge_compatibility(s), *_judge_text(result),
     ]  # fmt: skip
     return [asdict(v) for v in verdicts], suggest(result, {v.item: v for v in verdicts})
 
@@ -299,7 +300,7 @@ def suggest(result: dict, verdicts: dict[str, Verdict]) -> dict:
     found = s["lookahead"]
     tells = not found["why_not"] and (found["telling"]["mean"] or 0) >= TELLS
     if tells and found["competence"] is not None:
-        tells = side(found["competence"]["r_interval"]) > 0
+        tells = _side(found["competence"]["r_interval"]) > 0
     worse = verdicts["teacher"].grade == "bad"
     if worse and not lost and not tells:
         why = "the teacher is worse than the student here and nothing in its distribution shows " \
@@ -324,7 +325,7 @@ def suggest(result: dict, verdicts: dict[str, Verdict]) -> dict:
 MARKS = {"good": "+", "mixed": "~", "bad": "!", "-": " "}
 
 
-def conclusion(result: dict) -> str:
+def _conclusion(result: dict) -> str:
     """The last word, in a sentence or two."""
     found = result["command"]
     if found["method"] is None:
@@ -338,22 +339,22 @@ def conclusion(result: dict) -> str:
 def summary(result: dict) -> str:
     """What the command prints at its end."""
     items = [(MARKS[v["grade"]], v["item"], v["says"]) for v in result["verdicts"]]
-    items += [(" ", name, moved(s)) for name, s in others(result).items()]
+    items += [(" ", name, _moved(s)) for name, s in _others(result).items()]
     column = max(len(name) for _, name, _ in items)
     lines = [
         textwrap.fill(f"{mark} {name:{column}}  {says}", 100, subsequent_indent=" " * (column + 4))
         for mark, name, says in items
     ]
     out = result["settings"]["out"]
-    return "\n".join([*lines, "", conclusion(result), f"wrote {out}/report.json, report.md"])
+    return "\n".join([*lines, "", _conclusion(result), f"wrote {out}/report.json, report.md"])
 
 
-def others(result: dict) -> dict:
+def _others(result: dict) -> dict:
     """The students of --compare."""
     return {name: s for name, s in result["students"].items() if name != "student"}
 
 
-def moved(s: dict) -> str:
+def _moved(s: dict) -> str:
     """What became of t* and of the confidence in another student."""
     mean = s["fidelity"]["student"]["mean"]
     text = f"teacher's confidence {mean['mean']:.3f} ± {mean['se'] or 0:.3f}"
@@ -373,10 +374,10 @@ def table(head: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def pm(mean: dict) -> str:
+def _pm(mean: dict) -> str:
     """Mean ± standard error.
 
-    >>> pm({"mean": 0.5, "se": 0.0123}), pm({"mean": None, "se": None})
+    >>> _pm({"mean": 0.5, "se": 0.0123}), _pm({"mean": None, "se": None})
     ('0.500 ± 0.012', '-')
     """
     if mean["mean"] is None:
@@ -384,7 +385,7 @@ def pm(mean: dict) -> str:
     return f"{mean['mean']:.3f}" + (f" ± {mean['se']:.3f}" if mean["se"] is not None else "")
 
 
-def fit_rows(result: dict) -> list[list]:
+def _fit_rows(result: dict) -> list[list]:
     """A line for every fitted curve, and the paper's."""
     rows = []
     for name, s in result["students"].items():
@@ -403,18 +404,18 @@ def fit_rows(result: dict) -> list[list]:
     return rows
 
 
-def rate_rows(result: dict) -> list[list]:
+def _rate_rows(result: dict) -> list[list]:
     """Figures of every student that are single numbers, a line each."""
     cells = {
-        "accuracy": lambda s: pm(s["completion"]["student"]) if s["completion"] else "-",
-        "rule fires": lambda s: pm(s["margin"]["student"]["fired"]),
-        "gain above 6": lambda s: pm(s["margin"]["student"]["gain_over_6"]),
-        "teacher's confidence": lambda s: pm(s["fidelity"]["student"]["mean"]),
-        "hesitations": lambda s: pm(s["lookahead"]["triggered"]),
-        "of which telling": lambda s: pm(s["lookahead"].get("telling", {"mean": None})),
-        "reverse KL, nats": lambda s: pm(s["compatibility"]["reverse_kl"]),
-        "truncated": lambda s: pm(s["compatibility"]["truncated"]),
-        "tokens": lambda s: pm(s["compatibility"]["tokens"]),
+        "accuracy": lambda s: _pm(s["completion"]["student"]) if s["completion"] else "-",
+        "rule fires": lambda s: _pm(s["margin"]["student"]["fired"]),
+        "gain above 6": lambda s: _pm(s["margin"]["student"]["gain_over_6"]),
+        "teacher's confidence": lambda s: _pm(s["fidelity"]["student"]["mean"]),
+        "hesitations": lambda s: _pm(s["lookahead"]["triggered"]),
+        "of which telling": lambda s: _pm(s["lookahead"].get("telling", {"mean": None})),
+        "reverse KL, nats": lambda s: _pm(s["compatibility"]["reverse_kl"]),
+        "truncated": lambda s: _pm(s["compatibility"]["truncated"]),
+        "tokens": lambda s: _pm(s["compatibility"]["tokens"]),
     }
     names = list(result["students"])
     return [["", *names]] + [
@@ -433,31 +434,31 @@ def markdown(result: dict, pictures: list[str]) -> str:
         f"Student `{result['models']['--student']}`, teacher `{result['models']['--teacher']}`, "
         f"{result['problems']} problems, {settings['samples']} responses of each model to each, "
         f"seed {settings['seed']}. ± is one standard error, over problems.",
-        "**" + conclusion(result).replace("\nRun:  ", "**\n\n    ") +
+        "**" + _conclusion(result).replace("\nRun:  ", "**\n\n    ") +
         ("" if result["command"]["command"] else "**"),
         table(["item", "grade", "what was found", "threshold", "source"], verdicts),
         "good: no obstacle to plain on-policy distillation; bad: one, for which release or "
         "lookahead may be the remedy. Thresholds called ours were chosen with toy worlds in view.",
     ]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
-    head, *rows = rate_rows(result)
+    head, *rows = _rate_rows(result)
     parts += ["## Students", table(head, rows)]
     parts += [
         "## Fidelity: F(t) = drop / (1 + exp(slope (t - t*))) + floor",
         table(["responses", "t*, tokens", "slope, per token", "drop", "floor", "R²", "located"],
-              fit_rows(result)),
+              _fit_rows(result)),
     ]  # fmt: skip
-    for name, other in others(result).items():
-        parts.append(f"`{name}`: {moved(other)}.")
+    for name, other in _others(result).items():
+        parts.append(f"`{name}`: {_moved(other)}.")
     if s["completion"]:
-        ends = [["0 (teacher alone)", "", pm(s["completion"]["teacher"]), ""]]
-        rows = [[p["tokens"], f"{p['running']:.2f}", pm(p["accuracy"]), pm(p["over_student"])]
+        ends = [["0 (teacher alone)", "", _pm(s["completion"]["teacher"]), ""]]
+        rows = [[p["tokens"], f"{p['running']:.2f}", _pm(p["accuracy"]), _pm(p["over_student"])]
                 for p in s["completion"]["points"]]  # fmt: skip
-        ends.append(["all (student alone)", "", pm(s["completion"]["student"]), ""])
+        ends.append(["all (student alone)", "", _pm(s["completion"]["student"]), ""])
         parts += ["## The teacher goes on from the student's prefix", table(
             ["tokens of the student", "still running", "right", "minus student alone"],
             [ends[0], *rows, ends[1]])]  # fmt: skip
-    rows = [[j["tokens"], *(pm(j[k]) for k in ("before", "teacher", "student", "over_student"))]
+    rows = [[j["tokens"], *(_pm(j[k]) for k in ("before", "teacher", "student", "over_student"))]
             for j in s["fidelity"]["handover"]]  # fmt: skip
     if rows:
         parts += ["## Its confidence around that point", table(

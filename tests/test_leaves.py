@@ -18,6 +18,7 @@ LEAVES = {  # the only packages that each may import besides the standard librar
     "lgr.py": {"torch"},
     "controls.py": {"torch"},
     "metrics.py": {"torch"},
+    "curves.py": {"numpy"},
     "checkpoint.py": {"torch", "numpy", "safetensors"},
 }
 
@@ -58,7 +59,8 @@ def test_leaf_never_prints_parses_or_talks_to_other_processes(name):
 
 
 def test_doctests_of_the_scripts():
-    for name in ("train.py", "grading.py", "evaluate.py", "loading.py", "toy.py"):
+    names = "train grading evaluate loading toy diagnose probing measuring report pictures"
+    for name in (f"{name}.py" for name in names.split()):
         command = [sys.executable, "-m", "doctest", name]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
