@@ -22,7 +22,7 @@ Decisions where the paper is silent:
 2. Given t* and eps the other two are linear, so these are solved for, and the first two searched:
    on a grid over the range that was seen, and around its best point on ever finer ones. No start
    values, no divergence. A is at least 0, t* inside the range; eps lies between 2 / range (nearly a
-   straight line) and 8 / width of a bin (a step).
+   straight line) and STEEPEST / width of a bin (a step).
 3. Nothing within a bin can be told apart, so the interval of t* is that of the bootstrap, and half
    a bin more on either side.
 
@@ -40,6 +40,7 @@ LEVEL = 0.95  # of every interval
 MOST_BINS = 24  # of a curve, unless told
 RUNNING = 0.1  # a bin counts for the fit if so large a share of the responses reaches it
 FALL = 0.05  # a fall of a probability that is worth the name
+STEEPEST = 8.0  # slope times the width of a bin; what is steeper is a step like any other
 LARGEST = 1e100  # squares of larger numbers might overflow
 EXPLAINED = 0.5  # R^2 from which on a logistic is taken for a description of the curve
 
@@ -339,7 +340,7 @@ def fit_logistic(position_X, value_X, weight_X=None) -> Logistic:
 def _search(t_X, y_RX, w_RX):
     """Least squares for R series at once: drop, slope, midpoint, floor, r2, [R] each."""
     span, width = t_X[-1] - t_X[0], np.diff(t_X).min()
-    flattest, steepest = math.log(2 / span), math.log(8 / width)
+    flattest, steepest = math.log(2 / span), math.log(STEEPEST / width)
     mids, logs = np.linspace(t_X[0], t_X[-1], 97), np.linspace(flattest, steepest, 25)
     mid_G, log_G = (z.ravel() for z in np.meshgrid(mids, logs, indexing="ij"))
     rows = np.arange(len(y_RX))
@@ -396,6 +397,7 @@ class Fit:
     """The logistic of a curve with bootstrap intervals, [low, high] each.
 
     fall         by how much the fit falls from the first to the last bin that counted
+    step         whether the slope is the steepest that can be told apart
     located      whether t* means anything: the fall is surely above FALL, R^2 at least EXPLAINED,
                  and the bootstrap's interval of t* (without the half bin) inside what was seen
     seen         first and last position that counted, tokens
@@ -409,6 +411,7 @@ class Fit:
     floor_interval: list
     fall: float
     fall_interval: list
+    step: bool
     located: bool
     seen: tuple[float, float]
     width: float
@@ -460,6 +463,7 @@ def fit_curve(found: Curve, **resampling) -> Fit | None:
         slope_interval=interval(slope_R), drop_interval=interval(drop_R),
         floor_interval=interval(floor_R),
         fall=float(point(ends[0]) - point(ends[1])), fall_interval=fall_interval,
+        step=bool(point.slope > 0.999 * STEEPEST / width),
         located=bool(falls and ends[0] < low and high < ends[1]),
         seen=tuple(ends.tolist()), width=width, midpoint_R=mid_R, fall_R=fall_R,
     )  # fmt: skip

@@ -117,9 +117,18 @@ def short(path) -> str:
     return parts[-1] if parts else str(path)
 
 
+def check_out(out) -> None:
+    """ValueError unless a report can be written there: nothing yet, or an earlier report, which
+    will be moved aside."""
+    out = Path(out)
+    loading.check_creatable("--out", out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "report.json").is_file():
+        raise ValueError(f"--out {out} holds files that are no diagnosis; name another folder")
+
+
 def prepare(args) -> Job:
     """Everything that can fail without the weights."""
-    loading.check_creatable("--out", args.out)
+    check_out(args.out)
     paths = preparing.student_and_teacher(args)
     tokenizers, configs, vocab_size = preparing.open_pair(args)
     trust = {"trust_remote_code": args.trust_remote_code}

@@ -264,7 +264,8 @@ def handover(job: Job, found, going, heads, tails, cut: int, desc: str) -> dict:
     before_B[np.isnan(after_B)] = np.nan  # ended by then
     named = {"before": before_B, "teacher": after_B, "student": own_B,
              "jump": after_B - before_B, "over_student": after_B - own_B}  # fmt: skip
-    return {"tokens": cut} | {k: curves.mean(v, job.problem_B) for k, v in named.items()}
+    means = {name: curves.mean(value_B, job.problem_B) for name, value_B in named.items()}
+    return {"tokens": cut, "window": HANDOVER} | means
 
 
 def measure(job: Job, student, name: str) -> tuple[dict, curves.Fit | None]:

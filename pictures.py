@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import curves
+import report
 
 MISSING = "no pictures: they need matplotlib (pip install matplotlib)"
 # Okabe and Ito's colours, safe for the colour-blind
@@ -105,7 +106,8 @@ def _margin_picture(result: dict):
             fired, bins=np.linspace(0, 1, 21), weights=np.full(len(fired), 1 / len(at)),
             color=colour, alpha=0.5, label=f"{label}: {len(fired) / len(at):.0%} cut",
         )  # fmt: skip
-    release.axvline(0.13, color=GREY, linestyle=":", linewidth=1, label="paper's median")
+    papers = report.PAPER_RELEASE["median"]
+    release.axvline(papers, color=GREY, linestyle=":", linewidth=1, label="paper's median")
     release.set(title="where the rule stops", xlabel="share of the response", xlim=(0, 1),
                 ylabel="share of responses")  # fmt: skip
     release.set_ylim(top=max(0.05, 1.45 * release.get_ylim()[1]))  # room for the legend
@@ -149,7 +151,8 @@ def _fidelity_picture(result: dict):
         mean, se = (_numbers(j[key][k] for j in jumps) for k in ("mean", "se"))
         grid[1].errorbar(x, mean, 1.96 * np.nan_to_num(se), color=colour, marker=marker,
                          linewidth=1, capsize=2, label=label)  # fmt: skip
-    grid[1].set(title="32 tokens around a handover", xlabel="tokens of the student before it")
+    title = f"{jumps[0]['window']} tokens around a handover"
+    grid[1].set(title=title, xlabel="tokens of the student before it")
     grid[1].set_ylim(grid[0].get_ylim())
     grid[1].legend(loc="best")
     return figure

@@ -382,7 +382,8 @@ def _pm(mean: dict) -> str:
     """
     if mean["mean"] is None:
         return "-"
-    return f"{mean['mean']:.3f}" + (f" ± {mean['se']:.3f}" if mean["se"] is not None else "")
+    value = round(mean["mean"], 3) + 0.0  # no -0.000
+    return f"{value:.3f}" + (f" ± {mean['se']:.3f}" if mean["se"] is not None else "")
 
 
 def _fit_rows(result: dict) -> list[list]:
@@ -397,6 +398,7 @@ def _fit_rows(result: dict) -> list[list]:
                 continue
             spans = [f"{fit[k]:.4g} [{fit[k + '_interval'][0]:.4g}, {fit[k + '_interval'][1]:.4g}]"
                      for k in ("midpoint", "slope", "drop", "floor")]  # fmt: skip
+            spans[1] += " (the limit: a step)" if fit["step"] else ""
             rows.append([label, *spans, f"{fit['r2']:.3f}", "yes" if fit["located"] else "no"])
     for name, fit in PAPER_FITS.items():
         spans = [f"{fit[k]:.4g}" for k in ("midpoint", "slope", "drop", "floor")]
@@ -462,7 +464,8 @@ def markdown(result: dict, pictures: list[str]) -> str:
             for j in s["fidelity"]["handover"]]  # fmt: skip
     if rows:
         parts += ["## Its confidence around that point", table(
-            ["tokens of the student", "32 tokens before", "after: teacher goes on",
+            ["tokens of the student", f"{s['fidelity']['handover'][0]['window']} tokens before",
+             "as many after: teacher goes on",
              "after: student goes on", "difference of the two"], rows)]  # fmt: skip
     parts.append("All curves, with counts and standard errors, are in report.json.")
     return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-r"""What the three commands must refuse, and what they must take although it looks malformed.
+r"""What the four commands must refuse, and what they must take although it looks malformed.
 
     python tests/corpus.py              all of it: minutes on two cores
     python tests/corpus.py --short      an evenly spread part of every group
@@ -48,7 +48,7 @@ ENVIRONMENT = {
 class Case:
     """One command line.
 
-    command   train, evaluate or toy
+    command   train, evaluate, diagnose or toy
     flags     after it; "@name" stands for the folder of that model
     culprit   what the message must name
     files     to lie in its folder: contents, or a function that makes something else at a path
@@ -71,11 +71,15 @@ BASE = {
     "train": "--student @tiny --teacher @tiny --problems good.jsonl --max-new-tokens 4 --steps 1 "
     "--prompts-per-step 1 --method opd --out new",
     "evaluate": "--model @tiny --problems good.jsonl --max-new-tokens 4 --samples 1 --out new.json",
+    "diagnose": "--student @tiny --teacher @tiny --problems good.jsonl --max-new-tokens 4 "
+    "--count 2 --samples 1 --completions 0 --no-figures --out new",
     "toy": "--world clean --steps 1 --out new",
 }
 TOY_MODELS = {
     "train": "--method opd --steps 1 --prompts-per-step 1 --max-new-tokens 4 --out new",
     "evaluate": "--model @toy --max-new-tokens 4 --samples 1 --out new.json",
+    "diagnose": "--student @toy --teacher @toy --max-new-tokens 4 --count 2 --samples 1 "
+    "--completions 0 --no-figures --out new",
 }
 
 
@@ -259,13 +263,14 @@ WAYS = {  # where a problem file goes in
     "eval": ("train", "--eval-problems {}"),
     "evaluate": ("evaluate", "--problems {}"),
     "ood": ("train", "--eval-problems good.jsonl --ood-problems {}"),
+    "diagnose": ("diagnose", "--problems {}"),
 }
 
 
 def line_cases():
     """Bad lines as the first, a middle and the last one of a file, in every place a file goes."""
     lines = [(name, raw(line), list(WAYS)) for name, line in (BROKEN | CONTENT).items()]
-    lines += [(name, raw(line), list(WAYS)[1:]) for name, line in NO_ANSWER.items()]
+    lines += [(name, raw(line), list(WAYS)[1:4]) for name, line in NO_ANSWER.items()]
     for number, (name, line, ways) in enumerate(lines):
         way = ways[number % len(ways)]
         command, flags = WAYS[way]
@@ -328,12 +333,12 @@ def file_cases():
     """Files that hold no problems, and paths that lead to none."""
     for number, (name, (content, culprit)) in enumerate(FILES.items()):
         ways = list(WAYS)
-        for way in (ways[number % 4], ways[(number + 1 + number // 4 % 3) % 4]):
+        for way in (ways[number % 5], ways[(number + 1 + number // 5 % 4) % 5]):
             command, flags = WAYS[way]
             yield case("lines", f"{way} file {name}", command, flags.format("bad.jsonl"), culprit,
                        files={"bad.jsonl": content})  # fmt: skip
     for number, path in enumerate(PATHS):
-        way = list(WAYS)[number % 4]
+        way = list(WAYS)[number % 5]
         command, flags = WAYS[way]
         more = [path if flag == "{}" else flag for flag in flags.split()]
         shown = "".join(c if c.isprintable() else "\\u202e" for c in path)
@@ -391,9 +396,9 @@ def prompt_cases():
             record = chat(("system", text), ("user", "a")) if number % 3 == 0 else record
             line = raw(record)
             line = line.replace(b"<|", rb"\u003c|") if number % 4 == 0 else line
-            command = ("train", "evaluate")[number % 2]
+            command = ("train", "evaluate", "diagnose")[number % 3]
             model = ("@tiny", "@plain")[number // 2 % 2]
-            flag = {"train": "--student", "evaluate": "--model"}[command]
+            flag = "--model" if command == "evaluate" else "--student"
             files = {"bad.jsonl": raw(GOOD) + b"\n" + line}
             yield case("prompts", f"{token} {how}", command,
                        f"{flag} {model} --problems bad.jsonl", "bad.jsonl:2: ", files=files)
@@ -532,6 +537,22 @@ COMBINATIONS = {
         ("--device privateuseone", "--device privateuseone"),
         ("--device=", "--device"),
     ],
+    "diagnose": [
+        ("--top-k 3", "--top-k 3"),
+        ("--top-k 260", "--top-k 260"),
+        ("--lgr-top-k 17", "--top-k 16"),
+        ("--margin-top-k 17", "--top-k 16"),
+        ("--compare @tiny @tiny", "'tiny'"),
+        ("--compare student", "'student'"),
+        ("--compare @tiny @nowhere", "@nowhere"),
+        ("--compare", "--compare"),
+        ("--compare @other", "--compare"),
+        ("--device cuda", "--device cuda"),
+        ("--difficulty 13", "--difficulty"),
+        ("--toy horizon --toy nowhere", "nowhere"),
+        ("--count 1 --count 0", "--count"),
+        ("--samples 1 2", "2"),
+    ],
     "toy": [
         ("--horizon 3 --corruption 0.5", "--world"),
         ("--corruption 0.5", "--corruption"),
@@ -546,6 +567,11 @@ ALONE = {
     "evaluate": [("--problems good.jsonl", "--problems"), ("--toy nowhere", "nowhere"),
                  ("--toy off-by-one", "toy.py --world off-by-one"),
                  ("--difficulty 13", "--difficulty")],
+    "diagnose": [("--problems good.jsonl", "--problems"), ("--toy nowhere", "nowhere"),
+                 ("--problems good.jsonl --student @tiny", "--problems"),
+                 ("--problems good.jsonl --teacher @tiny", "--problems"),
+                 ("--toy off-by-one --out new", "toy.py --world off-by-one"),
+                 ("--student @tiny", "--teacher has another tokenizer")],
     "toy": [("", "--force"), ("--steps 1", "--force"), ("--horizon 3", "--corruption"),
             ("--corruption 0.5", "--horizon"), ("--table --force", "--table"),
             ("--table --world clean", "--table"), ("--table --out new", "new"),
@@ -554,8 +580,8 @@ ALONE = {
 
 
 def all_flag_cases():
-    """The flags of all three commands, and what makes no sense together."""
-    for command in ("train", "evaluate", "toy"):
+    """The flags of all commands, and what makes no sense together."""
+    for command in ("train", "evaluate", "diagnose", "toy"):
         module = importlib.import_module("flags" if command == "train" else command)
         yield from flag_cases(command, module.make_parser())
         for word in UNKNOWN:
@@ -783,6 +809,11 @@ def model_cases():
         for command, more in (("train", f"{flag} @{name}"), ("evaluate", f"--model @{name}")):
             if command == "evaluate" or name not in ("no-stop", *LOGITS):
                 yield case("models", f"{name} {more}", command, more, culprit, weights=late)
+        if name not in ("no-stop", *LOGITS):
+            more = (flag, "--compare", flag)[number % 3] + f" @{name}"
+            # what another student's weights are like is seen when its turn comes
+            if not (late and more.startswith("--compare")):
+                yield case("models", f"{name} {more}", "diagnose", more, culprit, weights=late)
     yield case("models", "no stop token", "train", "--student @no-stop --teacher @no-stop",
                "models/no-stop")
     for number, name in enumerate(NAMES):
@@ -859,18 +890,20 @@ FULL = {  # for train: folders that are no run
 
 def out_cases():
     """Places where nothing can or may be written."""
-    for command in ("train", "evaluate", "toy"):
+    for command in ("train", "evaluate", "diagnose", "toy"):
         for name, (out, files) in PLACES.items():
             shown = out if len(out) < 100 else "--out"
             yield case("out", name, command, ["--out", out], shown, files=files)
         for name, out in UNSPEAKABLE.items():
             yield case("out", name, command, ["--out", out], "--out")
     for name, make in FULL.items():
-        yield case("out", f"folder of {name}", "train", "--out there", "there",
-                   files={"there": make})
+        for command in ("train", "diagnose"):
+            yield case("out", f"folder of {name}", command, "--out there", "there",
+                       files={"there": make})
     for out in (".", "..", "/", "@tiny", "@toy", "good.jsonl"):
         yield case("out", out, "train", f"--out {out}", out.lstrip("@"))
         yield case("out", out, "evaluate", f"--out {out}", out.lstrip("@"))
+        yield case("out", out, "diagnose", f"--out {out}", out.lstrip("@"))
     yield case("out", "no such parent", "evaluate", "--out no/new.json", "no/new.json")
     yield case("out", "ends in a slash", "evaluate", "--out new/", "new/")
     for name, files in (
@@ -1102,7 +1135,7 @@ def child(c: Case, flags: list[str], folder: Path, real: bool) -> None:
 def start(c: Case, folder: Path, models: Path, real: bool) -> tuple[int, dict]:
     """Fork a process for a case in a new folder: (its id, the folder's snapshot)."""
     folder.mkdir(parents=True)
-    for name, content in ({"good.jsonl": raw(GOOD) + b"\n"} | c.files).items():
+    for name, content in ({"good.jsonl": (raw(GOOD) + b"\n") * 2} | c.files).items():
         content(folder / name) if callable(content) else (folder / name).write_bytes(content)
     known = {path.name for path in models.iterdir()}
     flags = [
@@ -1225,7 +1258,7 @@ def prepare() -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    for command in ("train", "evaluate", "toy"):
+    for command in ("train", "evaluate", "diagnose", "toy"):
         importlib.import_module(command)
     gc.collect()
     gc.freeze()  # the collector of a forked process would copy every page that it looks at

@@ -434,6 +434,11 @@ def test_problems_that_are_not_there_do_not_move_the_fit():
     assert any(fit_curve(sparse, resamples=1, seed=seed) is None for seed in range(300))
 
 
+def test_a_step_is_told_from_a_slope():
+    assert fit_curve(noisy(0, Logistic(0.5, 5.0, 80, 0.3)), resamples=20).step
+    assert not fit_curve(noisy(0, SLOW), resamples=20).step
+
+
 def test_bins_of_a_given_width():
     assert curves.bins(10, width=3).tolist() == [0, 3, 6, 9, 12]
     assert curves.bins(9, width=3).tolist() == [0, 3, 6, 9]
@@ -746,6 +751,7 @@ def test_records_are_json():
         assert set(record) == {
             "drop", "slope", "midpoint", "floor", "r2", "midpoint_interval", "slope_interval",
             "drop_interval", "floor_interval", "fall", "fall_interval", "located", "seen", "width",
+            "step",
         }  # fmt: skip
         assert record["midpoint"] == plain(fit.logistic.midpoint)
         assert record["located"] is fit.located and record["seen"] == list(fit.seen)

@@ -279,7 +279,7 @@ def test_the_handover_windows_by_hand(monkeypatch):
     assert x["teacher"]["mean"] == pytest.approx(0.8)
     assert x["jump"]["mean"] == pytest.approx((0.2 + 0.4) / 2)
     assert x["over_student"]["mean"] == pytest.approx((0.6 + 0.6) / 2)
-    assert x["jump"]["count"] == 2 and x["tokens"] == 3
+    assert x["jump"]["count"] == 2 and x["tokens"] == 3 and x["window"] == 2
 
 
 def test_completions_by_hand(monkeypatch):
@@ -311,7 +311,7 @@ def test_completions_by_hand(monkeypatch):
 def fit_at(midpoint, spread=1.0, located=True, width=4.0):
     draws = midpoint + spread * np.linspace(-1, 1, 50)
     logistic = curves.Logistic(0.5, 0.1, midpoint, 0.4, 0.9)
-    names = {f.name: None for f in dataclasses.fields(curves.Fit)}
+    names = dict.fromkeys(f.name for f in dataclasses.fields(curves.Fit))
     more = {"logistic": logistic, "located": located, "midpoint_R": draws, "width": width}
     return curves.Fit(**(names | more))
 
@@ -521,9 +521,9 @@ def test_without_matplotlib_there_is_a_report_and_a_sentence(tmp_path, monkeypat
 def test_an_earlier_report_is_moved_not_overwritten(tmp_path):
     out = tmp_path / "found"
     out.mkdir()
-    (out / "report.md").write_text("mine")
+    (out / "report.json").write_text("mine")
     run(*SMALL, "--count", "2", "--samples", "1", folder=out)
-    assert (tmp_path / "found.1" / "report.md").read_text() == "mine"
+    assert (tmp_path / "found.1" / "report.json").read_text() == "mine"
     assert json.loads((out / "report.json").read_text())["problems"] == 2
 
 
@@ -619,6 +619,8 @@ BAD = {
     "--max-new-tokens 5000": "p.jsonl:1",
     "--frobnicate": "--frobnicate",
     "--out p.jsonl/new": "--out",
+    "--out other": "no diagnosis",
+    "--out .": "no diagnosis",
     "--problems nowhere.jsonl": "nowhere.jsonl",
     "--problems one.jsonl": "one.jsonl",
 }
