@@ -325,6 +325,8 @@ def shift(before: curves.Fit | None, after: curves.Fit | None) -> dict | None:
         return None
     width = max(before.width, after.width)
     low, high = curves.interval(after.midpoint_R - before.midpoint_R)
+    if low is None:  # no resample has both
+        return None
     tokens = curves.plain(after.logistic.midpoint - before.logistic.midpoint)
     moved = low > width / 2 or high < -width / 2
     return {"tokens": tokens, "interval": [low, high], "width": width, "moved": moved}

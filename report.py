@@ -313,7 +313,10 @@ def suggest(result: dict, verdicts: dict[str, Verdict]) -> dict:
     why += ["one step of lookahead tells choices apart"] if tells else []
     words = ["torchrun", "train.py", "--method", method]
     for flag, value in result["settings"]["given"].items():
-        words += [flag] if value is True else [flag, str(value)]
+        if value is True:
+            words.append(flag)
+        else:  # a value that looks like a flag needs the =
+            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
     plain = "nothing stands in the way of the plain form"
     if verdicts["teacher"].grade == "mixed":
         plain += ", though the teacher is not measurably better than the student"
@@ -340,7 +343,7 @@ def summary(result: dict) -> str:
     """What the command prints at its end."""
     items = [(MARKS[v["grade"]], v["item"], v["says"]) for v in result["verdicts"]]
     items += [(" ", name, _moved(s)) for name, s in _others(result).items()]
-    column = max(len(name) for _, name, _ in items)
+    column = min(40, max(len(name) for _, name, _ in items))
     lines = [
         textwrap.fill(f"{mark} {name:{column}}  {says}", 100, subsequent_indent=" " * (column + 4))
         for mark, name, says in items

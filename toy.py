@@ -22,6 +22,8 @@ Reading key
              which the teacher goes wrong: nothing tells them apart but its confidence one token
              later. In `fork` the uncertain wording is the bad one; in `fork-mirror` it is the
              good one, and the confident one is always wrong.
+    mire     a fork in which a teacher that has slipped twice is lost for the rest of the response: its
+             confidence fades along a prefix by what the prefix says, and not by where
     graded   `horizon-C` and `fork-S` turn c and the share of slips S between `clean` and
              `horizon`, and around `fork`; their weights are built when wanted, not shipped.
 
@@ -141,6 +143,15 @@ WORLDS["off-by-one"] = World(
     noise={"drift": 6},
     shipped=False,
 )
+WORLDS["mire"] = World(
+    'after "thus" the teacher forgets the mark half of the time; when that has happened twice, it '
+    "garbles 70% of what follows",
+    ASSETS / "mire",
+    ASSETS / "mire-student",
+    noise={"wordings": FORK, "mire": 0.7},
+    uncertain="thus",
+    shipped=False,
+)
 WORLDS |= {
     f"horizon-{c}": World(
         f"the teacher knows moves 1..6 and garbles {c:.0%} of the later ones",
@@ -208,6 +219,7 @@ def dial_response(
     wordings=None,
     cut=MAX_MOVES,
     drift=MAX_MOVES,
+    mire=0.0,
 ):
     r"""The worked solution of a dial problem, spoilt as told.
 
@@ -219,7 +231,9 @@ def dial_response(
     the place of "so", all equally likely, to (share, mark): after that word a share of the moves
     starts from `mark`, or from any mark (None), in place of the one before. Later moves go on from
     the mark that was written. `rng` is needed for any of these. The response stops after move
-    `cut`, as if the problem had no more; every move after `drift` lands one mark too far.
+    `cut`, as if the problem had no more; every move after `drift` lands one mark too far. After two
+    moves that have slipped to another mark, a share `mire` of all that follows is garbled as beyond
+    a horizon.
 
     >>> problem = {"problem": "The dial starts at 14. Move 1 is plus 5. Where does it stop?"}
     >>> dial_response(problem).split(". ")[1:]
@@ -229,10 +243,11 @@ def dial_response(
     mark = int(re.match(r"The dial starts at (\d+)\.", text)[1])
     if isinstance(horizon, tuple):
         horizon = horizon[mark % len(horizon)]
-    parts, number = [f"The dial starts at {mark}."], 0
+    parts, number, slipped = [f"The dial starts at {mark}."], 0, 0
     for number, word, amount in re.findall(r"Move (\d+) is (plus|minus) (\d+)", text)[:cut]:
         source, amount = mark, int(amount)
         garbled = int(number) > horizon and corruption and rng.random() < corruption
+        garbled = garbled or (mire and slipped > 1 and rng.random() < mire)
         if garbled or (wrong_operation and rng.random() < wrong_operation):
             word, amount = rng.choice(("plus", "minus")), rng.randint(1, MAX_AMOUNT)
         link, (slip, slip_mark) = "so", (0.0, None)
@@ -240,6 +255,7 @@ def dial_response(
             link, (slip, slip_mark) = rng.choice(list(wordings.items()))
         if slip and rng.random() < slip:
             source = rng.randrange(MARKS) if slip_mark is None else slip_mark
+            slipped += source != mark
         mark = (source + (amount if word == "plus" else -amount)) % MARKS
         mark = (mark + (int(number) > drift)) % MARKS
         if garbled:
@@ -247,7 +263,8 @@ def dial_response(
         if garbled or (wrong_result and rng.random() < wrong_result):
             mark = rng.randrange(MARKS)
         parts.append(f"Move {number} is {word} {amount}, {link} {source} becomes {mark}.")
-    if int(number) > horizon and corruption and rng.random() < corruption:
+    beyond = int(number) > horizon and corruption and rng.random() < corruption
+    if beyond or (mire and slipped > 1 and rng.random() < mire):
         mark = rng.randrange(MARKS)
     return " ".join([*parts, f"The dial stops at \\boxed{{{mark}}}."])
 
@@ -398,12 +415,13 @@ STUDENT_SIZE = {"hidden": 48, "layers": 2, "heads": 3, "ff": 128}
 FORK_STUDENT_SIZE = {"hidden": 32, "layers": 2, "heads": 2, "ff": 96}
 
 
-def fork_stages(wordings, student=False):
+def fork_stages(wordings, student=False, moves=6, steps=1800):
     """Supervised training on problems of up to 6 moves in two wordings; the student's ends with
     wrong moves, as in STUDENT."""
     noise, slips = {"wordings": wordings}, {"wrong_result": 0.04, "wrong_operation": 0.03}
-    stages = (Stage(1800, 5e-3, curriculum=True, second_task=0.15, moves=6, noise=noise),)
-    return stages + (Stage(200, 2e-3, second_task=0.15, moves=6, noise=noise | slips),) * student
+    stages = (Stage(steps, 5e-3, curriculum=True, second_task=0.15, moves=moves, noise=noise),)
+    last = Stage(200, 2e-3, second_task=0.15, moves=moves, noise=noise | slips)
+    return stages + (last,) * student
 
 
 # Models that are trained from scratch: stages, size, number added to the seed.  Any other teacher
@@ -415,14 +433,17 @@ RECIPES = {
     "fork-student": (fork_stages(FORK, student=True), FORK_STUDENT_SIZE, 1),
     "fork-mirror": (fork_stages(MIRROR), STUDENT_SIZE, 0),
     "fork-mirror-student": (fork_stages(MIRROR, student=True), FORK_STUDENT_SIZE, 1),
-}
+    "mire-student": (
+        fork_stages(FORK, student=True, moves=MAX_MOVES, steps=3000), STUDENT_SIZE, 1
+    ),
+}  # fmt: skip
 RECIPES |= {
     name: (fork_stages(w.noise["wordings"]), STUDENT_SIZE, 0)
     for name, w in WORLDS.items()
-    if "wordings" in w.noise and name not in RECIPES
+    if "wordings" in w.noise and "mire" not in w.noise and name not in RECIPES
 }
 # Steps of a teacher that starts from the clean one, unless 300 will do.
-SPOIL_STEPS = {"varied": 1600, "off-by-one": 900}
+SPOIL_STEPS = {"varied": 1600, "off-by-one": 900, "mire": 1600}
 
 
 def training_batch(tokenizer, rng, stage, step, tokens=3600):

@@ -4,11 +4,13 @@ r"""Is `diagnose.py` right? Its advice before training against what training did
     python benchmarks/verdicts.py --seeds 0 --jobs 1  a part of it, into runs/verdicts
 
 1. The advice: `diagnose.py` on every world (and on easier problems of `horizon`) for which
-   results/compare.json knows what methods achieve, with several seeds of its sampling. Its regret
-   is the accuracy of the best method that was measured, or of not training at all, minus that of
-   the method that it suggests. Its thresholds were chosen with the worlds marked "seen" in view.
-2. After training: `diagnose.py --compare` on students that opd, release and lgr have trained, five
-   seeds each: has the curve of the teacher's confidence moved? Trains what is not in runs/compare.
+   results/compare.json, or the second part, knows what methods achieve, with several seeds of its
+   sampling. Its regret is the accuracy of the best method that was measured, or of not training at
+   all, minus that of the method that it suggests. Its thresholds were chosen with the worlds marked
+   "seen" in view.
+2. After training: `diagnose.py --compare` on students that opd, release, lgr and release+lgr have
+   trained, five seeds each: has the curve of the teacher's confidence moved? Trains what is not in
+   runs/compare.
 
 Writes verdicts.json, verdicts.md and after.png into results/. The last line printed is JSON.
 """
@@ -38,11 +40,11 @@ import toy  # noqa: E402
 SEEN = ["horizon", "clean", "varied", "confident", "off-by-one", "fork", "fork-mirror"]
 CASES = [(world, toy.world(world).moves) for world in [
     *SEEN, "horizon-0.05", "horizon-0.1", "horizon-0.2", "horizon-0.3",
-    "fork-0.1", "fork-0.25", "fork-1.0",
+    "fork-0.1", "fork-0.25", "fork-1.0", "mire",
 ]] + [("horizon", 3), ("horizon", 6), ("horizon", 9)]  # fmt: skip
 ADVICE = ["opd", "release", "lgr", "release+lgr"]  # what it may suggest
-AFTER = ["horizon", "varied", "fork"]
-METHODS = ["opd", "release", "lgr"]
+AFTER = ["horizon", "varied", "fork", "mire"]
+METHODS = ["opd", "release", "lgr", "release+lgr"]
 
 
 def seen(world: str, moves: int) -> bool:
@@ -176,7 +178,14 @@ def mean_curve(line: dict):
     return middle_X[runs_X], mean_SX.mean(axis=0)[runs_X], half_X[runs_X], count_X[runs_X]
 
 
-LOOKS = {"before": (figures.GREY, "-"), **{m: figures.LOOKS[m][:2] for m in METHODS}}
+# lines that lie on each other still show: colour, dashes, width
+LOOKS = {
+    "before": ("#bbbbbb", "-", 4),
+    "opd": (figures.RED, "-", 1.6),
+    "release": (figures.BLUE, (0, (4, 3)), 1.6),
+    "lgr": (figures.GREEN, (0, (1.5, 2.5)), 2),
+    "release+lgr": (figures.SKY, (0, (6, 1, 1, 1)), 1.6),
+}
 
 
 def draw(lines: list[dict], out: Path) -> None:
@@ -186,12 +195,17 @@ def draw(lines: list[dict], out: Path) -> None:
 
     worlds = list(dict.fromkeys(line["world"] for line in lines))
     with matplotlib.style.context(["default", figures.STYLE]):
-        figure = Figure((8.5, 4.6), layout="constrained")
-        grid = figure.subplots(2, len(worlds), squeeze=False, height_ratios=[3, 2])
-        for column, world in enumerate(worlds):
-            draw_world(*grid[:, column], [line for line in lines if line["world"] == world])
-            grid[0, column].set(title=world, xlabel="token of the response")
-        grid[0, 0].set_ylabel("teacher's confidence F(t)")
+        pairs = (len(worlds) + 1) // 2  # two worlds side by side, their points below their curves
+        figure = Figure((8.5, 4.0 * pairs), layout="constrained")
+        grid = figure.subplots(2 * pairs, 2, squeeze=False, height_ratios=[3, 2] * pairs)
+        for number, world in enumerate(worlds):
+            row, column = 2 * (number // 2), number % 2
+            below = grid[row : row + 2, column]
+            draw_world(*below, [line for line in lines if line["world"] == world])
+            below[0].set(title=world, xlabel="token of the response")
+            grid[row, 0].set_ylabel("teacher's confidence F(t)")
+        for axes in grid[2 * pairs - 2 :, 1] if len(worlds) % 2 else ():
+            axes.remove()
         figure.supxlabel(
             "above: mean over seeds with its 95% t interval, thin: fitted logistic · below: every "
             "seed with its own 95% interval", fontsize=7.5, color="#555555", x=0.99, ha="right",
@@ -203,14 +217,14 @@ def draw_world(above, below, lines: list[dict]) -> None:
     """One world: curves above; below t* of every seed or, without any, the mean confidence."""
     located = any(fit["located"] for line in lines for fit in line["fit"])
     for k, line in enumerate(lines):
-        colour, dashes = LOOKS[line["method"]]
+        colour, dashes, width = LOOKS[line["method"]]
         t_X, mean_X, half_X, count_X = mean_curve(line)
-        above.plot(t_X, mean_X, color=colour, linestyle=dashes, marker=".", label=line["method"])
+        above.plot(t_X, mean_X, color=colour, ls=dashes, lw=width, label=line["method"])
         above.fill_between(t_X, mean_X - half_X, mean_X + half_X, color=colour, alpha=0.2, lw=0)
         if located:
             t = np.linspace(t_X[0], t_X[-1], 300)
             fit = curves.fit_logistic(t_X, mean_X, count_X)
-            above.plot(t, fit(t), color=colour, linewidth=0.8)
+            above.plot(t, fit(t), color=colour, linewidth=0.7)
         n = len(line["fit"])
         y = k + (np.arange(n) - (n - 1) / 2) * 0.12
         if located:
@@ -220,7 +234,8 @@ def draw_world(above, below, lines: list[dict]) -> None:
                            marker="o", markersize=3, elinewidth=0.8)  # fmt: skip
         else:
             below.plot(line["confidence"], y, color=colour, ls="", marker="o", markersize=3)
-    if above.get_subplotspec().is_first_col():
+    place = above.get_subplotspec()
+    if place.is_first_col() and place.is_first_row():
         above.legend(loc="lower left")
     below.set_yticks(range(len(lines)), [line["method"] for line in lines])
     below.set_ylim(len(lines) - 0.5, -0.5)
@@ -255,6 +270,9 @@ def main(argv: list[str] | None = None) -> None:
         tasks.append((world, toy.world(world).moves, 0, args.place, students))
     found = run_all(tasks, args.jobs)
     runs = json.loads((ROOT / "results" / "compare.json").read_text())["runs"]
+    known = {(run["world"], run["method"], run["moves"]) for run in runs if not run["flags"]}
+    runs += [compare.summary(cell, seed, args.runs) for cell, seed in todo
+             if (cell.world, cell.method, cell.difficulty) not in known]  # fmt: skip
     S = len(args.seeds)
     first = [advice(found[i * S : (i + 1) * S], runs, *case) for i, case in enumerate(cases)]
     second = [line for world, r in zip(args.after, found[len(cases) * S :], strict=True)

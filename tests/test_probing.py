@@ -222,6 +222,19 @@ def test_samples_end_with_a_stop_token_or_the_limit_and_ignore_the_batch_size(mo
     assert probing.sample(model, prompts, HOW, **(options | {"seed": 5})) != responses
 
 
+def test_samples_are_drawn_at_the_temperature():
+    model, (prompts, _) = tiny_model("qwen3"), rows(count=6)
+    cold = dataclasses.replace(HOW, temperature=1e-3)
+    options = {"max_new_tokens": 8, "seed": 0, "desc": ""}
+    greedy = probing.rollout.generate(model, prompts, max_new_tokens=8, eos_ids=HOW.stop_ids,
+                                      pad_id=0, temperature=0,
+                                      vocab_size=HOW.vocab_size)  # fmt: skip
+    pairs = zip(greedy.ids_BT, greedy.response_mask_BT, strict=True)
+    expected = [ids_T[mask_T].tolist() for ids_T, mask_T in pairs]
+    assert probing.sample(model, prompts, cold, **options) == expected
+    assert probing.sample(model, prompts, HOW, **options) != expected
+
+
 def test_batches_hold_every_row_once_and_mark_its_response():
     prompts, responses = rows()
     seen = []

@@ -22,7 +22,9 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +32,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
+from conftest import VOCABULARY, tiny_model, write_model
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_loading import TEMPLATE, byte_tokenizer
@@ -40,15 +42,20 @@ from test_teachability import TOKENIZERS, naive_segments, naive_spans, sentence_
 import checkpoint
 import controls
 import curves
+import diagnose
 import evaluate
 import flags
 import grading
 import lgr
 import loading
 import logprobs
+import measuring
 import metrics
+import pictures
 import preparing
+import probing
 import release_rule
+import report
 import rollout
 import teachability
 import toy
@@ -81,7 +88,7 @@ ELSEWHERE = {
 EXEMPT = {
     "records without behaviour": "release_rule.ChangePoint logprobs.TokenStats rollout.Rollout "
     "grading.Supervision grading.Lookahead toy.World toy.Stage preparing.Run flags.Method "
-    "preparing.Position checkpoint.Checkpoint train.Resume",
+    "preparing.Position checkpoint.Checkpoint train.Resume probing.How measuring.Job",
     "commands, run with bad and good flags by the tests of their files": "evaluate.main "
     "evaluate.run toy.main toy.run toy.parse train.main train.train_and_save",
     "begin, resume and end the command; tests/test_resume.py kills and starves it": "train.guarded "
@@ -2095,3 +2102,873 @@ def test_a_fit_of_a_curve_has_ordered_intervals_around_what_was_seen(P, X, drop,
     assert fit.seen[0] - 2 <= low <= high - 4 * (1 - 1e-4) and high <= fit.seen[1] + 2
     if not noise:
         assert fit.located == (drop > 0) and (drop > 0 or record["drop"] < 1e-12)
+
+
+# ---------------------------------------------------------------------------------------- probing
+@prop("probing.gradient_parts", examples=150, seed=seeds, K=st.integers(1, 6),
+      shape=st.lists(st.integers(0, 3), max_size=2), shift=st.integers(-20, 20),
+      equal=st.booleans(), ruled_out=st.sampled_from([0.0, 0.3, 1.0]), spoil=st.booleans())
+def test_gradient_parts_are_those_of_differences(
+    seed, shape, K, shift, equal, ruled_out, spoil
+):
+    """As defined, whatever is ruled out; the teacher's part is none iff it tells nothing apart."""
+    g = seeded(seed)
+    student_BTK = 2 * torch.randn(*shape, K, generator=g, dtype=torch.float64)
+    student_BTK[..., 1:][torch.rand(*shape, K - 1, generator=g) < 0.2] = -INF
+    teacher_BTK = torch.randint(-9, 1, (*shape, K), generator=g).double() * (not equal)
+    teacher_BTK[torch.rand(*shape, K, generator=g) < ruled_out] = -INF
+    arguments = {"student_logp_BTK": student_BTK, "teacher_logp_BTK": teacher_BTK}
+    if spoil:
+        refused_or(probing.gradient_parts, arguments | {"teacher_logp_BTK": teacher_BTK[..., 1:]})
+        with pytest.raises(ValueError, match="teacher_logp_BTK"):
+            probing.gradient_parts(*(x[..., :0] for x in arguments.values()))
+    parts = refused_or(probing.gradient_parts, arguments)
+    assert finite(*parts) and all((x >= 0).all() and x.shape == tuple(shape) for x in parts)
+    p_BTK, own_BTK = student_BTK.softmax(-1), student_BTK.log_softmax(-1)
+    away_BTK, own_away_BTK = (
+        x - (p_BTK * x).sum(-1, keepdim=True)
+        for x in (teacher_BTK.clamp(min=probing.LOWEST), own_BTK.clamp(min=-1e3))
+    )
+    right = ((p_BTK * away_BTK**2).sum(-1), (p_BTK * away_BTK).norm(dim=-1),
+             (p_BTK * own_away_BTK).norm(dim=-1))  # fmt: skip
+    torch.testing.assert_close(parts, right, rtol=1e-9, atol=1e-12)
+    assert (parts[1] ** 2 <= parts[0] + 1e-9).all()
+    heard_BTK, none_BTK = teacher_BTK.clamp(min=probing.LOWEST), p_BTK == 0
+    tells_BT = heard_BTK.masked_fill(none_BTK, -INF).amax(-1) > heard_BTK.masked_fill(
+        none_BTK, INF).amin(-1)  # fmt: skip
+    assert torch.equal(parts[0] > 1e-16, tells_BT) and torch.equal(parts[1] > 1e-11, tells_BT)
+    order = torch.randperm(K, generator=g)
+    others = [(student_BTK + shift, teacher_BTK)]
+    others += [(student_BTK[..., order], teacher_BTK[..., order])]
+    others += [] if ruled_out else [(student_BTK, teacher_BTK + shift)]
+    for other in others:
+        torch.testing.assert_close(probing.gradient_parts(*other), parts, rtol=1e-9, atol=1e-11)
+
+
+@prop("probing.spread_and_pull", examples=100, seed=seeds, B=small, T=small, K=st.integers(1, 5),
+      lost=st.booleans(), spread=st.sampled_from([0.0, 1.0, "ends"]))
+def test_the_pull_of_what_the_student_would_choose_is_0_on_average(seed, B, T, K, lost, spread):
+    g = seeded(seed)
+    logp_BTK = 3 * torch.randn(B, T, K, generator=g, dtype=torch.float64)
+    confidence_BTK = torch.rand(B, T, K, generator=g, dtype=torch.float64)
+    confidence_BTK = confidence_BTK.round() if spread == "ends" else 0.3 + confidence_BTK * spread
+    confidence_BTK = confidence_BTK.clamp(max=1)
+    if lost:
+        confidence_BTK[0, 0] = NAN
+    ids_BTK = torch.rand(B, T, 9, generator=g).argsort(-1)[..., :K]
+    arguments = {"student_logp_BTK": logp_BTK, "confidence_BTK": confidence_BTK,
+                 "candidates_BTK": ids_BTK}  # fmt: skip
+    found = [refused_or(probing.spread_and_pull, arguments | {"ids_BT": ids_BTK[..., k]})
+             for k in range(K)]  # fmt: skip
+    spread_BT, pull_BTK = found[0][0], torch.stack([pull_BT for _, pull_BT in found], dim=-1)
+    there_BT = ~confidence_BTK.isnan().any(-1)
+    assert torch.equal(~spread_BT.isnan(), there_BT)
+    assert torch.equal(~pull_BTK.isnan(), there_BT[..., None].expand(B, T, K))
+    p_BTK = logp_BTK.softmax(-1)
+    spread_BT, pull_BTK = spread_BT[there_BT], pull_BTK[there_BT]
+    assert (0 <= spread_BT).all() and (spread_BT <= 0.5 + 1e-9).all()
+    assert spread != 0 or (spread_BT < 1e-9).all()
+    assert ((p_BTK[there_BT] * pull_BTK).sum(-1).abs() < 1e-9).all()
+    again_BT = (p_BTK[there_BT] * pull_BTK**2).sum(-1).sqrt()
+    torch.testing.assert_close(again_BT, spread_BT, rtol=0, atol=1e-9)
+    _, other_BT = probing.spread_and_pull(*arguments.values(), torch.full((B, T), 9))
+    assert torch.equal(other_BT.isnan(), ~there_BT) and not other_BT[there_BT].any()
+
+
+def how_to_read(rng, **more):
+    K = int(rng.integers(2, 12))
+    return probing.How(**{
+        "stop_ids": (5, 6), "pad_id": int(rng.integers(2)), "vocab_size": VOCABULARY,
+        "candidates": K, "margin_top_k": min(4, K), "group": min(3, K), "progress": False,
+        "tau": float(rng.choice([0.0, 1.0, 9.0])), "batch_size": int(rng.integers(1, 4)),
+        "tokens": int(rng.choice([1, 20, 999])),
+    } | more)  # fmt: skip
+
+
+@prop("probing.read", "probing.mean_fidelity", "probing.batches", "probing.Readings", examples=25,
+      seed=seeds, prompts=prompts_of_ids, own=families, alike=st.booleans(),
+      temperature=st.sampled_from([1.0, 0.5]), margin=st.sampled_from(["logprob", "prob"]),
+      stop_ids=st.sampled_from([(5, 6), (), (3, VOCABULARY - 1)]), lookahead=st.booleans())
+def test_readings_of_any_responses_lie_in_their_ranges(
+    seed, prompts, own, alike, temperature, margin, stop_ids, lookahead
+):
+    rng = np.random.default_rng(seed)
+    V = int(rng.choice([VOCABULARY, 30]))
+    how = how_to_read(rng, stop_ids=stop_ids, vocab_size=V, temperature=temperature, margin=margin)
+    responses = [rng.integers(0, V, rng.integers(1, 9)).tolist() for _ in prompts]
+    teacher = tiny("qwen3", 2)
+    student = teacher if alike else tiny(own, 1)
+    before = copy.deepcopy((prompts, responses))
+    seen = []
+    for rows, ids_BT, mask_BT in probing.batches(prompts, responses, how, "cpu", ""):
+        seen += rows
+        assert len(rows) == 1 or ids_BT.numel() <= how.tokens
+        assert [x[m].tolist() for x, m in zip(ids_BT, mask_BT, strict=True)] == [
+            responses[row] for row in rows]  # fmt: skip
+    assert sorted(seen) == list(range(len(prompts)))
+    found = probing.read(student, teacher, prompts, responses, how, lookahead=lookahead, desc="")
+    assert (prompts, responses) == before
+    values, F = vars(found), sum(map(len, responses))
+    assert {(x.shape, x.dtype.kind in "if") for x in values.values()} == {((F,), True)}
+    places = [(b, t) for b, response in enumerate(responses) for t in range(len(response))]
+    assert list(zip(found.row_F.tolist(), found.position_F.tolist(), strict=True)) == places
+    nan_F = np.isnan(found.spread_F)
+    assert (nan_F == ((found.hesitates_F == 0) | (not lookahead))).all()
+    assert (nan_F == np.isnan(found.pull_F)).all()
+    for name, value_F in values.items():
+        low, high = RANGES.get(name, (0, INF))
+        value_F = value_F[~nan_F] if name in ("spread_F", "pull_F") else value_F
+        assert (value_F >= low - 1e-5).all() and (value_F <= high + 1e-5).all(), name
+    assert ((found.hesitates_F == 1) == (found.entropy_F > np.float32(how.tau))).all()
+    assert (found.fidelity_F + 1e-6 >= np.exp(found.teacher_logp_F)).all()
+    assert (found.fidelity_F >= 1 / V - 1e-6).all()
+    assert (found.entropy_F <= math.log(V) + 1e-5).all()
+    assert margin == "logprob" or (found.margin_F <= 1).all()
+    if not [i for i in stop_ids if i < V]:
+        assert not found.student_stop_F.any() and not found.teacher_stop_F.any()
+    if alike and temperature == 1:
+        assert (found.overlap_F == 1).all()
+        for name in ("logp", "mass", "stop"):
+            a, b = values[f"student_{name}_F"], values[f"teacher_{name}_F"]
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+    mean_B = probing.mean_fidelity(teacher, prompts, responses, how, "")
+    right = [found.fidelity_F[found.row_F == b].mean() for b in range(len(prompts))]
+    np.testing.assert_allclose(mean_B, right, rtol=0, atol=1e-5)
+
+
+@prop("probing.sample", examples=20, seed=seeds, family=families, limit=st.integers(-1, 6),
+      prompts=prompts_of_ids, copies=st.integers(1, 3), stop_ids=st.sampled_from([(5, 6), ()]))
+def test_samples_end_and_do_not_depend_on_the_batch_size(
+    seed, family, limit, prompts, copies, stop_ids
+):
+    how, prompts = how_to_read(np.random.default_rng(seed), stop_ids=stop_ids), prompts * copies
+    arguments = {"prompts": prompts, "max_new_tokens": limit, "seed": seed, "desc": ""}
+    draw = functools.partial(probing.sample, tiny(family, 1), how=how)
+    responses = refused_or(draw, arguments)
+    assert (responses is None) == (limit < 1)
+    if responses is None:
+        return
+    assert len(responses) == len(prompts)
+    for ids in responses:
+        assert ids and (len(ids) == limit or ids[-1] in stop_ids)
+        assert not set(ids[:-1]) & set(stop_ids) and 0 <= min(ids) <= max(ids) < VOCABULARY
+    other = probing.How(**vars(how) | {"batch_size": 99})
+    assert probing.sample(tiny(family, 1), how=other, **arguments) == responses
+
+
+# -------------------------------------------------------------------------------------- measuring
+RANGES = {
+    "student_logp_F": (probing.LOWEST, 0), "teacher_logp_F": (probing.LOWEST, 0),
+    "entropy_F": (0, 5), "fidelity_F": (0, 1), "margin_F": (0, -probing.LOWEST),
+    "overlap_F": (0, 1), "student_mass_F": (0, 1), "teacher_mass_F": (0, 1),
+    "variance_F": (0, 1e4), "teacher_part_F": (0, 50), "own_part_F": (0, 50),
+    "student_stop_F": (0, 1), "teacher_stop_F": (0, 1), "hesitates_F": (0, 1),
+    "spread_F": (0, 0.5), "pull_F": (-1, 1),
+}  # fmt: skip
+
+
+@st.composite
+def jobs(draw):
+    """A job, made-up readings of its responses, and these: of 1 to 4 problems."""
+    P, S, rng = draw(st.integers(1, 4)), draw(small), np.random.default_rng(draw(seeds))
+    longest, kind = draw(st.sampled_from([1, 3, 15, 90])), draw(st.sampled_from(["any", "ends"]))
+    lookahead, answered = draw(st.sampled_from(["", "no such attention"])), draw(st.booleans())
+    lengths = rng.integers(1, longest + 1, P * S)
+    F = int(lengths.sum())
+    draw_one = rng.uniform if kind == "any" else lambda low, high, n: rng.choice([low, high], n)
+    values = {name: draw_one(low, high, F).astype(np.float32)
+              for name, (low, high) in RANGES.items()}  # fmt: skip
+    values["fidelity_F"] = np.maximum(values["fidelity_F"], np.float32(1e-3))
+    values["hesitates_F"] = values["hesitates_F"].round()
+    for name in ("spread_F", "pull_F"):
+        values[name][(values["hesitates_F"] == 0) | bool(lookahead)] = NAN
+    found = probing.Readings(
+        row_F=np.repeat(np.arange(P * S), lengths), **values,
+        position_F=np.concatenate([np.arange(n) for n in lengths]),
+    )  # fmt: skip
+    responses = [rng.integers(0, VOCABULARY, n).tolist() for n in lengths]
+    args = SimpleNamespace(
+        resamples=20, seed=0, samples=S, completions=draw(st.integers(0, 4)),
+        max_new_tokens=int(lengths.max()), margin_min_entropy=draw(st.sampled_from([0.0, 3.0])),
+        min_segments=draw(st.integers(1, 2)), bic_eps=1e-12,
+    )  # fmt: skip
+    job = measuring.Job(
+        args=args, paths={}, tokenizer=Letters(), splitter=splitter(), splitter_name="untrained",
+        problems=[{"answer": draw(st.sampled_from(["3", "4"])) if answered else None}] * P,
+        prompts=[[1, 2]] * (P * S), problem_B=np.repeat(np.arange(P), S), vocab_size=VOCABULARY,
+        answered=answered, template={}, configs={}, lookahead=lookahead, teacher="the teacher",
+        how=probing.How(stop_ids=(5, 6), pad_id=0, vocab_size=VOCABULARY, progress=False),
+    )  # fmt: skip
+    return job, found, responses
+
+
+def within(found, low, high):
+    """A mean or a curve whose means lie within these limits, up to the rounding."""
+    low, high = low - 1e-5 * abs(low) - 1e-9, high + 1e-5 * abs(high) + 1e-9
+    parts = [np.atleast_1d(np.array(found[k], dtype=object))
+             for k in ("mean", "se", "count", "problems")]  # fmt: skip
+    for mean, se, count, problems in zip(*parts, strict=True):
+        assert mean is None or low <= mean <= high
+        assert se is None or se >= 0 and problems > 1
+        assert 0 <= problems <= count and (mean is None or problems)
+    return found["mean"]
+
+
+def right_of(job, responses):
+    """Whether each is right, [B]; None without answers."""
+    records = measuring.answers(job, responses)
+    return records and np.array([float(r["correct"]) for rs in records for r in rs])
+
+
+def quiet(measure, *arguments):
+    """What a measurement returns, as JSON can say it; its arguments stay as they are."""
+    before = repr(arguments)
+    with contextlib.redirect_stderr(io.StringIO()):
+        found = measure(*arguments)
+    assert repr(arguments) == before
+    return strict(found)
+
+
+@prop("measuring.measure_margin", "measuring.measure_signal", examples=80, case=jobs(),
+      bins=st.integers(1, 6))
+def test_margin_and_signal_are_means_of_what_was_read(case, bins):
+    job, found, responses = case
+    edges = curves.bins(int(found.position_F.max()) + 1, bins)
+    m = quiet(measuring.measure_margin, job, found, responses, edges, "")
+    B, F = len(responses), len(found.row_F)
+    within(m["by_token"], found.margin_F.min(), found.margin_F.max())
+    within(m["by_sentence"], 0, math.log1p(found.margin_F.max()))
+    assert sum(m["by_token"]["count"]) == F
+    at, gain = m["release_at_each"], m["gain_each"]
+    assert len(at) == len(gain) == B and [x is None for x in at] == [y == 0 for y in gain]
+    fired = [x for x in at if x is not None]
+    assert all(0 < x < 1 for x in fired) and min(gain) >= 0
+    assert math.isclose(within(m["fired"], 0, 1), len(fired) / B, rel_tol=1e-5)
+    large = sum(x > measuring.SIGNIFICANT for x in gain) / B
+    assert math.isclose(within(m["gain_over_6"], 0, 1), large, rel_tol=1e-5)
+    assert within(m["sentences"], 1, F) * B <= F * (1 + 1e-5) and m["gain"]["count"] == len(fired)
+    quartiles = list(m["release_at"].values())
+    assert quartiles == sorted(quartiles) if fired else quartiles == [None] * 3
+    s = quiet(measuring.measure_signal, job, found, edges)
+    for name in ("variance", "teacher_part", "own_part"):
+        value_F = getattr(found, f"{name}_F")
+        within(s[name], value_F.min(), value_F.max())
+    for name in ("share", "share_by_quarter"):
+        within(s[name], 0, 1)
+        assert sum(s[name]["count"]) == F
+    assert len(s["share_by_quarter"]["mean"]) == 4
+
+
+@prop("measuring.measure_lookahead", "measuring.measure_compatibility", "measuring.answers",
+      examples=80, case=jobs())
+def test_lookahead_and_compatibility_are_means_of_what_was_read(case):
+    job, found, responses = case
+    records = quiet(measuring.answers, job, responses)
+    assert (records is None) == (not job.answered)
+    assert not records or {len(samples) for samples in records} == {job.args.samples}
+    right_B = right_of(job, responses)
+    s = quiet(measuring.measure_lookahead, job, found, right_B)
+    hesitates = found.hesitates_F.mean()
+    assert math.isclose(within(s["triggered"], 0, 1), hesitates, rel_tol=1e-5)
+    assert bool(s["why_not"]) == ("spread" not in s)
+    if not job.lookahead:
+        for name, high in (("spread", 0.5), ("telling", 1)):
+            assert (within(s[name], 0, high) is None) == (hesitates == 0)
+        assert (s["competence"] is None) == (not job.answered)
+        assert not s["competence"] or s["competence"]["count"] <= len(responses)
+    c = quiet(measuring.measure_compatibility, job, found, responses, records)
+    for name in ("overlap", "student_mass", "teacher_mass"):
+        value_F = getattr(found, f"{name}_F")
+        within(c[name], value_F.min(), value_F.max())
+    ended = [response[-1] in job.how.stop_ids for response in responses]
+    assert math.isclose(within(c["truncated"], 0, 1), 1 - np.mean(ended), rel_tol=1e-5)
+    tokens = np.mean([len(response) for response in responses])
+    assert math.isclose(within(c["tokens"], 1, INF), tokens, rel_tol=1e-5)
+    for stop in c["stop_at_end"].values():
+        assert (within(stop, 0, 1) is not None) == any(ended) and stop["count"] == sum(ended)
+    within(c["teacher_stops_earlier"], 0, 1)
+    kl_F = found.student_logp_F - found.teacher_logp_F
+    assert math.isclose(within(c["reverse_kl"], kl_F.min(), kl_F.max()), kl_F.mean(),
+                        rel_tol=1e-3, abs_tol=1e-4)  # fmt: skip
+    assert (c["answers"] is None) == (not job.answered)
+
+
+@prop("measuring.measure_completion", "measuring.handover", examples=80, case=jobs(), seed=seeds,
+      parrot=st.booleans())
+def test_completions_begin_with_the_student_and_a_parrot_changes_nothing(case, seed, parrot):
+    """The parrot is a teacher that goes on as the student did, as sure as it was there."""
+    job, found, responses = case
+    rng, cut_of = np.random.default_rng(seed), {}
+
+    def sample(model, heads, how, *, max_new_tokens, seed, desc):
+        assert model is job.teacher and heads and max_new_tokens >= 1
+        cut = job.args.max_new_tokens - max_new_tokens
+        cut_of[desc] = cut, [b for b, r in enumerate(responses) if len(r) > cut]
+        rows = cut_of[desc][1]
+        assert heads == [job.prompts[b] + responses[b][:cut] for b in rows]
+        if parrot:
+            return [responses[b][cut:] for b in rows]
+        return [rng.integers(0, VOCABULARY, rng.integers(1, max_new_tokens + 1)).tolist()
+                for _ in rows]  # fmt: skip
+
+    def mean_fidelity(teacher, heads, tails, how, desc):
+        assert all(0 < len(tail) <= measuring.HANDOVER for tail in tails)
+        cut, rows = cut_of[desc]
+        if not parrot:
+            return rng.uniform(0, 1, len(rows))
+        inside_F = (found.position_F >= cut) & (found.position_F < cut + measuring.HANDOVER)
+        return np.array([found.fidelity_F[(found.row_F == b) & inside_F].mean() for b in rows])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing, "sample", sample)
+        patch.setattr(probing, "mean_fidelity", mean_fidelity)
+        right_B = right_of(job, responses)
+        teacher_B = None if right_B is None else rng.integers(0, 2, len(right_B)).astype(float)
+        points, jumps = measuring.measure_completion(job, found, responses, right_B, teacher_B)
+    strict([points, jumps])
+    cuts = [jump["tokens"] for jump in jumps]
+    assert cuts == sorted(set(cuts)) and len(cuts) <= job.args.completions
+    assert all(0 < cut < max(map(len, responses)) for cut in cuts)
+    for jump in jumps:
+        running = sum(len(r) > jump["tokens"] for r in responses)
+        for name in ("before", "teacher", "student"):
+            assert within(jump[name], 0, 1) is not None and jump[name]["count"] == running
+        difference = jump["teacher"]["mean"] - jump["before"]["mean"]
+        assert math.isclose(within(jump["jump"], -1, 1), difference, abs_tol=1e-5)
+        over = within(jump["over_student"], -1, 1)
+        assert not parrot or abs(over) < 1e-6
+    assert [p["tokens"] for p in points] == (cuts if job.answered else [])
+    for point in points:
+        accuracy = within(point["accuracy"], 0, 1)
+        for name, of_B in (("over_student", right_B), ("over_teacher", teacher_B)):
+            over = within(point[name], -1, 1)
+            assert math.isclose(over, accuracy - of_B.mean(), abs_tol=1e-5)
+        assert 0 < point["running"] <= 1
+        assert not parrot or accuracy == curves.plain(right_B.mean())
+
+
+@st.composite
+def fits(draw):
+    """A fit whose t* may lie anywhere; draws without the problems that count are nan."""
+    rng, there = np.random.default_rng(draw(seeds)), draw(st.integers(1, 20))
+    t = draw(st.sampled_from([0.0, 3.0, 20.0]))
+    width = draw(st.sampled_from([1.0, 4.0, 4.0, 30.0]))
+    midpoint_R = t + draw(st.sampled_from([0.0, 0.1, 50.0])) * rng.normal(size=20)
+    midpoint_R[there:] = NAN
+    return curves.Fit(
+        curves.Logistic(0.5, 0.1, t, 0.2, 0.9), [t, t], [0, 1], [0, 1], [0, 1], 0.5, [0, 1],
+        draw(st.sampled_from([True, True, True, False])), (0.0, 99.0), width, midpoint_R,
+        midpoint_R,
+    )  # fmt: skip
+
+
+@prop("measuring.shift", examples=150, one=st.none() | fits(), two=st.none() | fits())
+def test_a_shift_is_as_far_there_as_back_and_none_onto_itself(one, two):
+    there, back = strict(measuring.shift(one, two)), strict(measuring.shift(two, one))
+    located = [fit is not None and fit.located for fit in (one, two)]
+    assert (there is None) == (back is None) == (not all(located))
+    if located[0]:
+        still = measuring.shift(one, one)
+        assert (still["tokens"], still["interval"], still["moved"]) == (0, [0, 0], False)
+    if there is None:
+        return
+    assert there["tokens"] == -back["tokens"] and there["moved"] == back["moved"]
+    assert there["interval"] == pytest.approx([-x for x in back["interval"][::-1]], abs=1e-4)
+    low, high = there["interval"]
+    assert low <= high and there["width"] == max(one.width, two.width)
+    assert there["moved"] == (min(abs(low), abs(high)) > there["width"] / 2 and low * high > 0)
+
+
+# ----------------------------------------------------------------------- diagnose, report, pictures
+def good_value(action):
+    """Values that a flag takes, as words of a command line."""
+    if action.nargs == 0:
+        return st.just([])
+    if action.choices:
+        return st.sampled_from(action.choices).map(lambda x: [x])
+    if limits := getattr(action.type, "limits", None):
+        kind, low, high = limits
+        some = {kind(low), kind(min(high, low + 1)), kind(min(high, low + 7))}
+        return st.sampled_from(sorted(some)).map(lambda x: [str(x)])
+    return st.sampled_from([["a"], ["x/y z"], ["é|'"], ["runs/a/student"], ["$(a)`b`"]])
+
+
+ACTIONS = [a for a in diagnose.make_parser()._actions if a.dest not in ("help", "device")]
+flags_of_diagnose = st.lists(st.sampled_from(ACTIONS).flatmap(
+    lambda a: good_value(a).map(lambda words: [a.option_strings[-1], *words])
+) | st.sampled_from([["--top-k", "5"], ["--compare", "a", "a/student"]]), max_size=7)  # fmt: skip
+words_of_diagnose = st.sampled_from(
+    ["0", "-1", "nan", "1e99", "", "\0", "x", "student", "--", "--compare", "--top", "--method"]
+) | st.text(max_size=3)
+
+
+def parsed(parse, prog, argv):
+    """The flags, or None after an exit with status 2 and one line."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            return parse(["--device", "cpu", *argv])
+        except SystemExit as error:
+            assert error.code == 2 and said.getvalue().count("\n") == 1
+            assert said.getvalue().startswith(f"{prog}: error: ")
+            return None
+
+
+def as_words(given):
+    return [w for flag, x in given.items() for w in ([flag] if x is True else [flag, str(x)])]
+
+
+@prop("diagnose.parse", "diagnose.make_parser", "diagnose.short", examples=200,
+      chosen=flags_of_diagnose, extra=st.lists(words_of_diagnose, max_size=1),
+      method=st.sampled_from(sorted(flags.METHODS)))
+def test_diagnose_parses_or_refuses_and_repeats_what_was_given(chosen, extra, method):
+    assume(not any(word.startswith(("-h", "--h")) for word in extra))
+    args = parsed(diagnose.parse, "diagnose.py", [*sum(chosen, []), *extra])
+    if args is None:
+        assert chosen or extra
+        return
+    values = strict(vars(args))
+    assert all(math.isfinite(v) for v in values.values() if isinstance(v, float))
+    open_ones = {"student", "teacher", "problems"}
+    assert {k for k, v in values.items() if v is None} <= open_ones
+    assert args.top_k >= max(args.margin_top_k, args.lgr_top_k) and args.count >= 2
+    assert args.problems is None or args.student and args.teacher
+    names = [diagnose.short(path) for path in args.compare]
+    assert len(set(names)) == len(names) and "student" not in names and all(names)
+    assert {flag: args.given[flag] for flag in args.given} == args.given
+    for flag, value in args.given.items():
+        assert flag in diagnose.SHARED and values[flag[2:].replace("-", "_")] == value
+    wide = ["--top-k", str(args.top_k)]
+    again = parsed(diagnose.parse, "diagnose.py", [*as_words(args.given), *wide])
+    assert again.given == args.given
+    train_args = parsed(
+        flags.parse, "train.py", ["--method", method, *as_words(args.given)])
+    if train_args is not None:
+        for flag in args.given:
+            name = flag[2:].replace("-", "_")
+            assert getattr(train_args[1], name) == values[name]
+    else:
+        assert flags.METHODS[method].objective == "topk" and args.lgr_top_k > 20
+
+
+@prop("diagnose.short", examples=100, parts=st.lists(st.sampled_from(
+      ["a", "b c", "student", "..", "é"]), min_size=1, max_size=4))
+def test_the_short_name_is_a_part_of_the_path(parts):
+    path, own = "/".join(parts), [part for part in parts if part != "student"]
+    assert diagnose.short(path) == diagnose.short(Path(path)) == (own[-1] if own else path)
+    assert diagnose.short(f"/{path}/student") == (own[-1] if own else f"/{path}/student")
+
+
+TOYS = {name: str(toy.world(name).teacher) for name in ("clean", "horizon")}
+
+
+@functools.cache
+def diagnosed():
+    """A real report of two students, of few responses."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        argv = (f"--out {folder} --count 3 --samples 2 --completions 1 --max-new-tokens 40 "
+                "--resamples 20 --bin-width 4 --splitter untrained --device cpu --no-figures")
+        return strict(diagnose.run(diagnose.parse([*argv.split(), "--compare", TOYS["clean"]])))
+
+
+MAYBE_EMPTY = {"gain", "spread", "telling", "handover", "stop_at_end"}  # means of nothing, perhaps
+FIT = {"drop": 0.5, "slope": 0.1, "midpoint": 20.0, "floor": 0.2, "r2": 0.9, "fall": 0.4,
+       "midpoint_interval": [1.0, 2.0], "slope_interval": [1.0, 2.0], "drop_interval": [0.0, 1.0],
+       "floor_interval": [0.0, 1.0], "fall_interval": [0.0, 1.0], "located": True,
+       "seen": [0.0, 9.0], "width": 4.0}  # fmt: skip
+
+
+def varied(rng, x, inside=()):
+    """Plain data of the same form with other numbers, and None where the report has it."""
+    if isinstance(x, bool):
+        return bool(rng.integers(2))
+    if isinstance(x, float):
+        size = rng.random()
+        return float(rng.choice([0.0, 1.0, size, size, -size, 1e5 * size, 1e-9 * size]))
+    if isinstance(x, list):
+        empty = inside[-1] in ("mean", "se")  # of a curve: bins without any
+        return [None if empty and rng.random() < 0.1 else varied(rng, y, inside) for y in x]
+    if not isinstance(x, dict):
+        return x
+    found = {k: varied(rng, v, (*inside, k)) for k, v in x.items()}
+    if isinstance(found.get("se"), list):
+        found["se"] = [y and abs(y) for y in found["se"]]
+    elif isinstance(found.get("mean"), float):
+        found["se"] = found["se"] and abs(found["se"])
+        if rng.random() < 0.2:
+            found["se"] = None
+        if MAYBE_EMPTY & set(inside) and rng.random() < 0.3:
+            found["mean"] = found["se"] = None
+    return found
+
+
+def varied_report(rng, names):
+    """A report as `diagnose.py` might write it, with students of these names besides the first."""
+    result = copy.deepcopy(diagnosed())
+    template = result["students"]["student"]
+    result["students"], first = {}, None
+    for name in ("student", *names):
+        s = result["students"][name] = varied(rng, template)
+        for who in ("student", "teacher"):
+            s["fidelity"][who]["fit"] = varied(rng, FIT) if rng.random() < 0.7 else None
+            if rng.random() < 0.3:
+                s["margin"][who]["release_at_each"] = [None] * 6
+        if rng.random() < 0.2:
+            s["fidelity"]["handover"] = []
+        if rng.random() < 0.3:
+            s["margin"]["student"]["release_at"] |= {"median": None}
+        points = s["completion"]["points"]
+        s["completion"]["points"] = points * int(rng.integers(3))
+        if rng.random() < 0.2:
+            s["completion"] = s["compatibility"]["answers"] = s["lookahead"]["competence"] = None
+        elif rng.random() < 0.2:
+            s["lookahead"]["competence"] |= {"r": None, "r_interval": [None, None]}
+        if rng.random() < 0.2:
+            triggered = s["lookahead"]["triggered"]
+            s["lookahead"] = {"why_not": "it is recurrent", "triggered": triggered}
+        if rng.random() < 0.2:
+            s["compatibility"]["log_probs"] |= {
+                "r": None, "r_interval": [None] * 2, "slope": None, "slope_interval": [None] * 2}
+        fit = s["fidelity"]["student"]["fit"]
+        first = fit if name == "student" else first
+        both = name != "student" and fit and first and fit["located"] and first["located"]
+        s["shift"] = {"tokens": rng.normal(), "interval": [-1.0, 2.0], "width": 4.0,
+                      "moved": bool(rng.integers(2))} if both else None  # fmt: skip
+    same = float(rng.choice([0.0, 0.5, 1.0]))
+    result["template"] = {"same": same, "why": "it has none" if same == 0 else ""}
+    result["vocabulary"]["stop_ids"]["teacher"] = [[], [4], [4, 5]][rng.integers(3)]
+    result["settings"]["margin"] = str(rng.choice(["logprob", "prob"]))
+    return result
+
+
+def cells(line):
+    """Of a line of a Markdown table."""
+    assert line.startswith("| ") and line.endswith(" |")
+    return re.split(r"(?<!\\)\|", line)[1:-1]
+
+
+names_of_students = st.lists(st.sampled_from(["a", "a|b", "opd-seed0", "é", "x" * 60, "-"]),
+                             max_size=2, unique=True)  # fmt: skip
+
+
+@prop("report.judge", "report.suggest", "report.summary", "report.markdown", "report.Verdict",
+      examples=120, seed=seeds, names=names_of_students, chosen=flags_of_diagnose)
+def test_any_report_is_judged_and_told(seed, names, chosen):
+    result = varied_report(np.random.default_rng(seed), names)
+    args = parsed(diagnose.parse, "diagnose.py", sum(chosen, []))
+    given = result["settings"]["given"] = args.given if args else {}
+    before = repr(result)
+    verdicts, command = report.judge(result)
+    assert repr(result) == before
+    strict([verdicts, command])
+    by_item = {v["item"]: report.Verdict(**v) for v in verdicts}
+    assert len(by_item) == len(verdicts) >= 12
+    assert {v["grade"] for v in verdicts} <= set(report.MARKS)
+    assert all(v["says"].endswith(".") and v["threshold"] and v["source"] for v in verdicts)
+    assert report.suggest(result, by_item) == command and set(command) == {
+        "method", "why", "command"}  # fmt: skip
+    grades = {item: v.grade for item, v in by_item.items()}
+    lost = "bad" in (grades["fidelity"], grades["margin"])
+    measured = not result["students"]["student"]["lookahead"]["why_not"]
+    ahead = grades["lookahead"] == "bad" or grades["lookahead"] == "-" and measured
+    if grades["teacher"] == "bad" and not lost and not ahead:
+        assert command["method"] is command["command"] is None
+    else:
+        method = flags.METHODS[command["method"]]
+        assert method == flags.Method("pg", "release" if lost else "none", "on" if ahead else "off")
+        runner, script, *words = shlex.split(command["command"])
+        assert (runner, script) == ("torchrun", "train.py")
+        _, trained = parsed(flags.parse, "train.py", words)
+        assert trained.method == command["method"]
+        for flag, value in given.items():
+            assert getattr(trained, flag[2:].replace("-", "_")) == value
+    result["verdicts"], result["command"] = verdicts, command
+    before, text = repr(result), report.summary(result)
+    page = report.markdown(result, ["a.png"])
+    assert repr(result) == before and page.endswith("\n") and "![a](a.png)" in page
+    for told in (text, page):
+        assert not re.search(r"\b(None|nan|inf)\b", told.replace(command["command"] or "\0", ""))
+        assert (command["command"] or "No method here fits") in told
+    heads = [line for line in text.split("\n") if line[:1] in report.MARKS.values()]
+    told = [line for line in heads if line[2:3].strip()]
+    marks = [(report.MARKS[v["grade"]], v["item"]) for v in verdicts]
+    assert [(line[0], line[2:].split()[0]) for line in told[:len(verdicts)]] == marks
+    tables = [block.split("\n") for block in page.split("\n\n") if block.startswith("| ")]
+    assert len(tables) >= 3
+    for lines in tables:
+        assert len({len(cells(line)) for line in lines}) == 1 and set(cells(lines[1])) == {" --- "}
+    assert len(tables[0]) == 2 + len(verdicts) and len(cells(tables[1][0])) == 2 + len(names)
+
+
+any_cell = st.text(max_size=8) | st.text("|\\\n\r\x85\u2028 ab", max_size=8) | st.floats()
+
+
+@prop("report.table", examples=150, rows=st.integers(1, 4).flatmap(lambda n: st.lists(
+      st.lists(any_cell, min_size=n, max_size=n), min_size=1, max_size=4)))
+def test_a_table_has_a_line_per_row_and_a_cell_per_text(rows):
+    before = repr(rows)
+    lines = report.table(rows[0], rows[1:]).splitlines()
+    assert len(lines) == 1 + len(rows) and repr(rows) == before
+    for line, row in zip([lines[0], *lines[2:]], rows, strict=True):
+        found = [cell[1:-1].replace("\\|", "|") for cell in cells(line)]
+        assert found == [" ".join(str(x).split()) for x in row]
+
+
+@prop("pictures.draw", examples=3, seed=seeds, names=names_of_students)
+def test_any_report_is_drawn(seed, names):
+    pytest.importorskip("matplotlib")
+    result = varied_report(np.random.default_rng(seed), names)
+    before, c = repr(result), result["students"]["student"]["completion"]
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = pictures.draw(result, folder)
+        assert repr(result) == before and sorted(os.listdir(folder)) == sorted(drawn)
+        assert all(Path(folder, name).read_bytes()[:4] == b"\x89PNG" for name in drawn)
+        wanted = {"completion.png": bool(c and c["points"]), "compare.png": bool(names)}
+        assert {name: name in drawn for name in wanted} == wanted
+        assert {"margin.png", "fidelity.png", "signal.png"} <= set(drawn)
+    with (tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch,
+          contextlib.redirect_stdout(io.StringIO()) as said):  # fmt: skip
+        patch.setitem(sys.modules, "matplotlib.style", None)
+        assert pictures.draw(result, folder) == os.listdir(folder) == []
+    assert said.getvalue() == pictures.MISSING + "\n"
+
+
+@prop("diagnose.main", "diagnose.run", "diagnose.prepare", "diagnose.load", "diagnose.vocabulary",
+      "measuring.measure", examples=14, seed=st.integers(0, 99), count=st.integers(1, 3),
+      kind=st.sampled_from(["toy", "toy", "answers", "none", "refused"]), samples=small,
+      compare=st.sampled_from([[], ["--compare", TOYS["clean"], TOYS["horizon"]]]),
+      more=st.lists(st.sampled_from([
+          ["--bin-width", "1"], ["--margin", "prob"], ["--completions", "0"], ["--thinking"],
+          ["--temperature", "0.7"], ["--max-new-tokens", "1"], ["--lgr-tau", "99"],
+          ["--margin-min-entropy", "99"], ["--tokens-per-pass", "1"], ["--dtype", "bfloat16"],
+          ["--top-k", "200"], ["--out", "\x7f"], ["--student", "not there"],
+      ]), max_size=3))
+def test_any_diagnosis_ends_with_a_report_or_one_line(seed, count, kind, samples, compare, more):
+    with tempfile.TemporaryDirectory() as folder:
+        out, path = Path(folder, "out"), Path(folder, "p.jsonl")
+        argv = ["--out", out, "--seed", seed, "--samples", samples, "--completions", 2,
+                "--resamples", 20, "--max-new-tokens", 24, "--splitter", "untrained", "--device",
+                "cpu", "--no-figures", "--threads", 1, "--count", max(2, count)]  # fmt: skip
+        if kind != "toy":
+            keys = ["problem", "answer"] if kind == "answers" else ["problem"]
+            problems = [{k: p[k] for k in keys} for p in toy.problems(count, moves=2, seed=seed)]
+            problems[-1] |= {"problem": ""} if kind == "refused" else {}
+            path.write_text("\n".join(map(json.dumps, problems)))
+            argv += ["--problems", path, "--student", TOYS["clean"], "--teacher", TOYS["horizon"]]
+        argv = [*map(str, argv), *sum(more, []), *compare]
+        said, told = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(told):
+            try:
+                status = diagnose.main(argv)
+            except SystemExit as error:
+                status = error.code
+        bad = {"--top-k", "--student"} & set(sum(more, [])) or "\x7f" in argv
+        bad = bad or kind != "toy" and (count < 2 or kind == "refused")
+        assert status == (2 if bad else 0), said.getvalue()
+        if bad:
+            line = said.getvalue()
+            assert line.startswith("diagnose.py: error: ") and line.count("\n") == 1
+            assert not out.exists()
+            return
+        assert sorted(os.listdir(out)) == ["report.json", "report.md"]
+        result = json.loads((out / "report.json").read_text())
+        page = (out / "report.md").read_text()
+    strict(result)
+    assert result["problems"] == max(2, count) and list(result["vocabulary"]["rows"]) == [
+        "student", "teacher"]  # fmt: skip
+    assert list(result["students"]) == ["student", "clean", "horizon"][: 3 if compare else 1]
+    assert result["vocabulary"]["shared"] <= min(result["vocabulary"]["rows"].values())
+    assert result["vocabulary"]["stop_ids"] == {"student": [4], "teacher": [4]}
+    assert report.judge(result) == (result["verdicts"], result["command"])
+    assert report.summary(result) in told.getvalue() and page == report.markdown(result, [])
+    for s in result["students"].values():
+        within(s["fidelity"]["student"]["mean"], 0, 1)
+        assert (s["completion"] is None) == (kind == "none")
+        assert s["compatibility"]["tokens"]["count"] == result["problems"] * samples
+
+
+@prop("diagnose.compare_templates", examples=60, template=st.sampled_from(
+      [TEMPLATE, None, "{{ messages[0]['content'] }}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}",
+       "{% if messages[0]['content'] | length > 3 %}x{% endif %}" + TEMPLATE, "{{"]),
+      texts=st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=4),
+      thinking=st.booleans())
+def test_templates_agree_on_a_share_of_the_prompts(template, texts, thinking):
+    own, teacher = spelling(True)[0], byte_tokenizer(template)
+    problems = [{"messages": [{"role": "user", "content": t}], "where": "f:1"} for t in texts]
+    prompts = loading.render_prompts(own, problems, thinking=thinking)
+    before = repr((problems, prompts))
+    found = strict(diagnose.compare_templates(teacher, problems, prompts, thinking))
+    assert repr((problems, prompts)) == before and set(found) == {"same", "why"}
+    assert 0 <= found["same"] <= 1 and (not found["why"] or found["same"] == 0)
+    assert "\n" not in found["why"]
+    if template == TEMPLATE:
+        assert found == {"same": 1.0, "why": ""}
+    elif template and "length" in template:
+        assert found["same"] == sum(len(t) <= 3 for t in texts) / len(texts)
+    else:
+        assert found["same"] == 0
+
+
+# --------------------------------------------- what diagnose.py shares with the other commands
+@prop("preparing.check_prompts", examples=120, vocab=st.integers(1, 9), limit=st.integers(1, 9),
+      prompts=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), max_size=4),
+      contexts=st.lists(st.integers(4, 18), max_size=2))
+def test_prompts_fit_all_models_or_the_first_that_does_not_is_named(
+    vocab, limit, prompts, contexts
+):
+    configs = {}
+    for number, context in enumerate(contexts):
+        configs[number] = copy.deepcopy(spelling(True)[1])
+        configs[number].max_position_embeddings = context
+    problems = [{"where": f"f:{i}"} for i in range(len(prompts))]
+    arguments = {"tokenizer": Letters(), "configs": configs, "vocab_size": vocab,
+                 "problems": problems, "prompts": prompts, "max_new_tokens": limit}  # fmt: skip
+    strange = [i for i, prompt in enumerate(prompts) if max(prompt) >= vocab]
+    long = [i for context in contexts for i, prompt in enumerate(prompts)
+            if len(prompt) + limit > context]  # fmt: skip
+    before = repr(arguments)
+    if not strange and not long:
+        assert preparing.check_prompts(**arguments) is None
+    else:
+        first = (strange or long)[0]
+        with pytest.raises(ValueError, match=f"^f:{first}: ") as error:
+            preparing.check_prompts(**arguments)
+        assert ("--student and --teacher share" in str(error.value)) == bool(strange)
+    assert repr(arguments) == before
+
+
+@functools.cache
+def foreign():
+    """A model folder of another tokenizer; it goes when Python does."""
+    folder = tempfile.TemporaryDirectory()
+    write_model(folder.name)
+    return folder
+
+
+models = st.none() | st.sampled_from([*TOYS.values(), "not/there", "foreign"])
+
+
+@prop("preparing.open_pair", examples=25, student=models, teacher=models,
+      world=st.sampled_from(toy.SHIPPED))
+def test_a_pair_shares_a_vocabulary_or_is_refused(student, teacher, world):
+    given = [foreign().name if x == "foreign" else x for x in (student, teacher)]
+    args = SimpleNamespace(student=given[0], teacher=given[1], toy=world, trust_remote_code=False)
+    before, bad = repr(args), {"not/there"} & {student, teacher}
+    if bad or (student == "foreign") != (teacher == "foreign"):
+        with pytest.raises(ValueError, match="not/there" if bad else "^--teacher has another"):
+            preparing.open_pair(args)
+        return
+    tokenizers, configs, vocab_size = preparing.open_pair(args)
+    assert repr(args) == before
+    assert list(tokenizers) == list(configs) == ["--student", "--teacher"]
+    assert vocab_size <= min(config.vocab_size for config in configs.values())
+    names = [t.convert_ids_to_tokens(list(range(vocab_size))) for t in tokenizers.values()]
+    assert names[0] == names[1]
+
+
+@prop("preparing.open_splitter", "preparing.surroundings", examples=12, git=st.booleans(),
+      kind=st.sampled_from(["auto", "pretrained", "untrained", "other"]))
+def test_a_machine_without_git_or_data_is_described_and_refused_what_it_lacks(git, kind):
+    args = SimpleNamespace(splitter=kind, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teachability, "_pretrained_punkt", lambda: None)
+        patch.setattr(teachability, "_download_punkt", lambda: None)
+        if kind in ("auto", "untrained"):
+            found, name = preparing.open_splitter(args)
+            assert name == "untrained-punkt"
+            assert list(found.span_tokenize("It is. So")) == [(0, 6), (7, 9)]
+        else:
+            with pytest.raises(ValueError, match="^--splitter p" if kind != "other" else "kind"):
+                preparing.open_splitter(args)
+        if not git:
+            patch.setenv("PATH", "")
+        facts = strict(preparing.surroundings(args))
+    assert list(facts) == ["commit", "device", "threads", "versions", "started"]
+    assert facts["device"] and facts["threads"] == torch.get_num_threads()
+    assert git or facts["commit"] is None
+
+
+@st.composite
+def flag_rows(draw):
+    """Rows as FLAGS has them."""
+    numbers = st.tuples(st.just({}) | st.just({"low": 1}) | st.just({"low": 2, "high": 9}))
+    rows = []
+    for k in range(draw(st.integers(1, 4))):
+        default, options = draw(st.one_of(
+            st.tuples(st.just(False), st.just({})),
+            st.tuples(st.integers(2, 9) | st.tuples(st.integers(2, 9), st.integers(2, 9)),
+                      numbers.map(lambda x: x[0])),
+            st.tuples(st.sampled_from([2.5, 9.0, (2.5, 3.5)]), numbers.map(lambda x: x[0])),
+            st.tuples(st.sampled_from([None, "b", ("a", "b")]), st.just({"choices": ["a", "b"]})),
+            st.tuples(st.sampled_from([None, "folder"]), st.just({"metavar": "FOLDER"})),
+        ))  # fmt: skip
+        rows.append((f"--flag-{k}", default, "text", options))
+    return rows
+
+
+@prop("flags.add_flags", examples=120, rows=flag_rows())
+def test_added_flags_have_their_defaults_and_limits(rows):
+    before, parser = repr(rows), loading.Parser(prog="x.py", allow_abbrev=False)
+    flags.add_flags(parser, rows)
+    assert repr(rows) == before and all(flag in parser.format_help() for flag, *_ in rows)
+    nothing = vars(parser.parse_args([]))
+    for flag, default, _, options in rows:
+        name = flag[2:].replace("-", "_")
+        both = isinstance(default, tuple)
+        assert nothing[name] == (None if both else default)
+        real = default[1] if both else default
+        low, high = options.get("low", 0), options.get("high", loading.BIG)
+        if real is False:
+            good, bad = [[]], [["x"]]
+        elif isinstance(real, int | float):
+            good = [[str(real)], [str(low)], [str(type(real)(high))]]
+            bad = [[str(low - 1)], [f"{high * 2:.0f}"], ["nan"], ["x"], []]
+        elif "choices" in options:
+            good, bad = [["a"], ["b"]], [["c"], [""], []]
+        else:
+            good, bad = [["x y"]], [["\0"], [""], []]
+        for words in good:
+            value = vars(parser.parse_args([flag, *words]))[name]
+            assert type(value) is (type(real) if real is not None else str)
+            assert not words or value == type(value)(words[0])
+        for words in bad:
+            assert parsed(lambda argv: parser.parse_args(argv[2:]), "x.py", [flag, *words]) is None
+
+
+@prop("flags.fill_in", examples=60, data=st.data(), world=st.sampled_from(toy.SHIPPED),
+      student=st.sampled_from([None, "mine"]), problems=st.sampled_from([None, "p.jsonl"]))
+def test_what_is_filled_in_depends_on_the_student_and_overrides_nothing(
+    data, world, student, problems
+):
+    parser, rows = flags.make_parser(), sum(flags.FLAGS.values(), [])
+    both = {flag[2:].replace("-", "_"): x for flag, x, *_ in rows if isinstance(x, tuple)}
+    given = {name: x[1] for name, x in both.items() if data.draw(st.booleans())}
+    given |= data.draw(st.sampled_from([{}, {"difficulty": 2}, {"max_new_tokens": 5}]))
+    absent = data.draw(st.sampled_from([None, *both]))  # as of a command with fewer flags
+    args = parser.parse_args(["--device", "cpu", "--toy", world])
+    vars(args).update(given | {"student": student, "problems": problems})
+    vars(args).pop(absent, None)
+    before = dict(vars(args))
+    assert flags.fill_in(parser, args) is None
+    after = vars(args)
+    assert set(after) == set(before)
+    assert all(v == after[name] for name, v in before.items() if v is not None)
+    for name in set(both) - {absent}:
+        assert after[name] == given.get(name, both[name][student is not None])
+    assert after["difficulty"] and after["max_new_tokens"] and after["dtype"] == "float32"
+
+
+@prop("evaluate.check_answer", examples=100, ids=st.lists(st.integers(0, VOCABULARY - 1),
+      min_size=1, max_size=9), answer=st.sampled_from([None, "3", "4", ""]),
+      stops=st.lists(st.integers(0, VOCABULARY - 1), max_size=3), toys=st.booleans())
+def test_any_response_is_checked(ids, answer, stops, toys):
+    tokenizer = toy_tokenizer() if toys else Letters()
+    before, problem = repr((ids, stops)), {"answer": answer}
+    record = strict(evaluate.check_answer(tokenizer, ids, problem, stops))
+    assert repr((ids, stops)) == before and problem == {"answer": answer}
+    assert list(record) == ["text", "answer", "correct", "truncated", "tokens"]
+    assert record["text"] == tokenizer.decode(ids, skip_special_tokens=True)
+    assert record["answer"] == evaluate.extract_answer(record["text"])
+    assert record["tokens"] == len(ids) and record["truncated"] == (ids[-1] not in stops)
+    assert type(record["correct"]) is bool
+    assert record["correct"] == (answer is not None
+                                 and evaluate.is_correct(record["answer"], answer))  # fmt: skip

@@ -190,6 +190,34 @@ def test_a_cut_response_stops_early_and_says_so():
             assert end == f"The dial stops at \\boxed{{{moves_of(clean)[6][3]}}}."
 
 
+def test_after_two_slips_the_mire_garbles_what_follows_and_nothing_before():
+    """Up to the second slip (a source that is not the mark before) every move is right; of the
+    later ones a share is garbled, so that even their operations are often not the problem's."""
+    noise, rng = toy.WORLDS["mire"].noise, random.Random(0)
+    misread, later, slips, moves = 0, 0, 0, 0
+    for problem in toy.problems(300):
+        found = moves_of(toy.dial_response(problem, rng, **noise))
+        asked = re.findall(r"is (plus|minus) (\d+)", problem["problem"])
+        mark, own = re.search(r"starts at (\d+)", problem["problem"])[1], 0
+        for (word, amount, link, source, result), told in zip(found, asked, strict=True):
+            if own == 2:
+                later, misread = later + 1, misread + ((word, amount) != told)
+                continue
+            assert (word, amount) == told
+            change = int(amount) * (1 if word == "plus" else -1)
+            assert int(result) == (int(source) + change) % 16
+            assert source == mark or link == "thus"
+            moves, slips, own = moves + 1, slips + (source != mark), own + (source != mark)
+            mark = result
+    assert abs(slips / moves - 0.25 * 15 / 16) < 0.02
+    assert abs(misread / later - 0.7 * 0.9) < 0.03  # one garbled operation in ten is right by luck
+    plain = {"wordings": noise["wordings"]}
+    for problem in toy.problems(50):  # without the mire: a fork, drawing the same numbers
+        one, other = (toy.dial_response(problem, random.Random(1), **n)
+                      for n in (plain, plain | {"mire": 0.0}))  # fmt: skip
+        assert one == other
+
+
 def test_the_texts_of_the_first_worlds_stay_what_they_were():
     """The committed weights can be rebuilt only as long as these texts draw the same numbers."""
     noises = [toy.WORLDS[name].noise for name in ("horizon", "fork", "fork-mirror")]
@@ -287,6 +315,7 @@ def test_graded_worlds():
     horizon, fork = toy.WORLDS["horizon"], toy.WORLDS["fork"]
     graded = {name: w for name, w in toy.WORLDS.items() if not w.shipped}
     assert graded.pop("off-by-one").noise == {"drift": 6}  # no grade: another kind of wrong
+    del graded["mire"]  # nor is this
     assert len(graded) == 7
     for c in (0.05, 0.1, 0.2, 0.3):
         w = graded[f"horizon-{c}"]
