@@ -22,8 +22,8 @@ Reading key
              which the teacher goes wrong: nothing tells them apart but its confidence one token
              later. In `fork` the uncertain wording is the bad one; in `fork-mirror` it is the
              good one, and the confident one is always wrong.
-    mire     a fork in which a teacher that has slipped twice is lost for the rest of the response: its
-             confidence fades along a prefix by what the prefix says, and not by where
+    mire     a fork in which a teacher that has slipped twice is lost for the rest of the response:
+             its confidence fades along a prefix by what the prefix says, and not by where
     graded   `horizon-C` and `fork-S` turn c and the share of slips S between `clean` and
              `horizon`, and around `fork`; their weights are built when wanted, not shipped.
 
