@@ -95,20 +95,25 @@ def plain(value):
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def bins(length: int, most: int = MOST_BINS, *, width: int | None = None) -> np.ndarray:
+def bins(
+    length: int, most: int = MOST_BINS, *, width: int | None = None, first: int = 0
+) -> np.ndarray:
     """Edges of bins of equal whole width that hold positions 0..length-1: of that width, or as
-    narrow as at most `most` of them allow.
-    Raises ValueError unless all are whole numbers of at least 1.
+    narrow as at most `most` of them allow. `first`: positions before it are a bin of their own.
+    Raises ValueError unless all are whole numbers of at least 1, `first` of at least 0.
 
-    >>> bins(10, 4), bins(10, width=5)
-    (array([ 0,  3,  6,  9, 12]), array([ 0,  5, 10]))
+    >>> bins(10, 4), bins(10, width=5), bins(10, width=5, first=2)
+    (array([ 0,  3,  6,  9, 12]), array([ 0,  5, 10]), array([ 0,  2,  7, 12]))
     """
+    _check_whole("first", first, 0)
     given = {"length": length, "most": most} | ({} if width is None else {"width": width})
     for name, value in given.items():
         _check_whole(name, value, 1)
     length, most = int(length), int(most)  # of unsigned ones there is no minus
-    width = -(-length // most) if width is None else int(width)
-    return np.arange(0, -(-length // width) + 1) * width
+    first = min(int(first), length - 1)
+    width = -(-(length - first) // most) if width is None else int(width)
+    edges = first + np.arange(0, -(-(length - first) // width) + 1) * width
+    return np.concatenate([[0], edges]) if first else edges
 
 
 def _check_whole(name: str, value, low: int) -> None:
@@ -427,13 +432,15 @@ class Fit:
         return logistic | found | {"width": plain(self.width)}
 
 
-def fit_curve(found: Curve, **resampling) -> Fit | None:
+def fit_curve(found: Curve, *, between=(0, math.inf), **resampling) -> Fit | None:
     """Fit the logistic to a curve and to its bootstrap resamples over problems (arguments of
-    `resample`). None with fewer than two problems or five bins that count: those up to the first
-    which less than RUNNING of the responses in the fullest one reach."""
+    `resample`). None with fewer than two problems or five bins that count: those that lie between
+    the two positions, up to the first which less than RUNNING of the responses in the fullest one
+    reach."""
     most = found.responses_X.max(initial=0)
-    used_X = (found.responses_X >= max(2, RUNNING * most)) & (found.weight_PX.sum(axis=0) > 0)
-    used_X &= np.cumsum(~used_X) == 0  # up to the first bin that does not count
+    counts_X = (found.responses_X >= max(2, RUNNING * most)) & (found.weight_PX.sum(axis=0) > 0)
+    used_X = (found.edges_X1[:-1] >= between[0]) & (found.edges_X1[1:] <= between[1])
+    used_X &= np.cumsum(used_X & ~counts_X) == 0  # up to the first that does not count
     P = int((found.weight_PX[:, used_X].sum(axis=1) > 0).sum())
     if P < 2 or used_X.sum() < 5:
         return None
@@ -451,7 +458,7 @@ def fit_curve(found: Curve, **resampling) -> Fit | None:
         (drop_R, slope_R, mid_R, floor_R), _search(t_X, y_RX[there_R], w_RX[there_R]), strict=False
     ):
         of_R[there_R] = fitted
-    width = float(np.diff(found.edges_X1).max())
+    width = float(np.diff(found.edges_X1)[used_X].max())
     ends = t_X[[0, -1]]
     fall_R = -np.diff(drop_R[:, None] * _falling(slope_R[:, None] * (ends - mid_R[:, None])))[:, 0]
     low, high = interval(mid_R)

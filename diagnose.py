@@ -44,7 +44,7 @@ import preparing
 import probing
 import report
 import toy
-from loading import MANY, place
+from loading import MANY, number, place
 from measuring import Job
 
 # Rows of flags.FLAGS that mean the same here, and flags of this command alone.
@@ -66,6 +66,11 @@ OWN = [
     ("--resamples", 400, "of the bootstrap over problems", {"low": 20, "high": 100_000}),
     ("--bin-width", 0, "of the curves, tokens (default on the toy a move, else a "
      f"{curves.MOST_BINS}th of the longest response)", {}),
+    ("--fit-from", None, "first token to which the logistic is fitted: what every response begins "
+     "with says nothing (default on the toy its first move, else 0)",
+     {"type": number(int, 0), "metavar": "N"}),
+    ("--fit-to", None, "the token before which that ends (default on the toy the end of the last "
+     "move, else the end)", {"type": number(int, 1), "metavar": "N"}),
     ("--no-figures", False, "write no pictures", {}),
 ]  # fmt: skip
 
@@ -104,6 +109,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         and not (value is None and isinstance(known[flag], tuple))
     }  # fmt: skip
     flags.fill_in(parser, args)
+    opening = toy.OPENING_TOKENS if args.problems is None else 0
+    args.fit_from = opening if args.fit_from is None else args.fit_from
+    if args.fit_to is None and args.problems is None:
+        args.fit_to = toy.OPENING_TOKENS + toy.MOVE_TOKENS * args.difficulty
+    if args.fit_to is not None and args.fit_to <= args.fit_from:
+        parser.error(f"--fit-to {args.fit_to} is not after --fit-from {args.fit_from}")
     return args
 
 
@@ -162,6 +173,7 @@ def prepare(args) -> Job:
         template=compare_templates(tokenizers["--teacher"], problems, prompts, args.thinking),
         configs=configs,
         bin_width=args.bin_width or (toy.MOVE_TOKENS if args.problems is None else 0),
+        between=(args.fit_from, float("inf") if args.fit_to is None else args.fit_to),
     )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ class Job:
     teacher_rows: list = field(default_factory=list)  # its own responses, ids
     lookahead: str = ""  # why it is not measured, or nothing
     bin_width: int = 0  # of the curves, tokens; 0: not decided yet
+    between: tuple = (0, float("inf"))  # the tokens to which the logistic is fitted
 
     def resampling(self) -> dict:
         """Arguments of `curves.resample`, the same for every student."""
@@ -284,8 +285,8 @@ def measure(job: Job, student, name: str) -> tuple[dict, curves.Fit | None]:
         student, job.teacher, job.prompts, job.teacher_rows, how, desc="reading teacher"
     )
     longest = 1 + int(max(found.position_F.max(), control.position_F.max()))
-    edges = curves.bins(longest, width=job.bin_width or None)
-    job.bin_width = int(edges[1])  # the next student's curves have the same bins
+    edges = curves.bins(longest, width=job.bin_width or None, first=job.between[0])
+    job.bin_width = int(edges[-1] - edges[-2])  # the next student's curves have the same bins
     records, teachers = answers(job, responses), answers(job, job.teacher_rows)
     right_B = _right(records) if records else None
     teacher_right_B = _right(teachers) if records else None
@@ -294,7 +295,7 @@ def measure(job: Job, student, name: str) -> tuple[dict, curves.Fit | None]:
     fidelity, fits = {"handover": jumps}, {}
     for who, (readings, _) in by_who.items():
         curve = _along(job, readings, readings.fidelity_F, edges)
-        fits[who] = curves.fit_curve(curve, **job.resampling())
+        fits[who] = curves.fit_curve(curve, between=job.between, **job.resampling())
         fit = fits[who].record() if fits[who] is not None else None
         fidelity[who] = {"curve": curve.record(), "fit": fit,
                          "mean": _token_mean(job, readings, readings.fidelity_F)}  # fmt: skip

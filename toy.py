@@ -59,7 +59,7 @@ import loading
 
 ASSETS = Path(__file__).resolve().parent / "assets" / "toy"
 MARKS, MAX_AMOUNT, MAX_MOVES = 16, 5, 12
-MOVE_TOKENS = 11  # of a move in a response
+OPENING_TOKENS, MOVE_TOKENS = 6, 11  # of a response's first sentence, and of every move in it
 SPECIAL = ("<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>")
 # The last dozen words are in no text yet: a later world can use them and keep the same tokenizer.
 WORDS = (

@@ -125,7 +125,7 @@ def after_lines(found: dict, world: str, seeds: list[int]) -> list[dict]:
             "accuracy": [s["completion"]["student"]["mean"] for s in students],
             "confidence": [s["fidelity"]["student"]["mean"]["mean"] for s in students],
             "fit": [{k: fit[k] for k in ("midpoint", "midpoint_interval", "slope", "drop", "floor",
-                                         "r2", "located")} for fit in fits],
+                                         "r2", "fall", "located")} for fit in fits],
             "shift": [s["shift"] for s in students] if method != "before" else [],
             "curve": [s["fidelity"]["student"]["curve"] for s in students],
         })  # fmt: skip
@@ -144,15 +144,16 @@ def spread(values: list, digits: int = 3) -> str:
 
 def after_table(lines: list[dict]) -> str:
     """The second table in Markdown."""
-    head = ["world", "trained by", "accuracy", "teacher's confidence", "t* located", "t*, tokens",
-            "each seed", "moved by, tokens", "moved", "slope, per token", "drop", "floor",
-            "R²"]  # fmt: skip
+    head = ["world", "trained by", "accuracy", "teacher's confidence", "falls by", "t* located",
+            "t*, tokens", "each seed", "moved by, tokens", "moved", "slope, per token", "drop",
+            "floor", "R²"]  # fmt: skip
     rows = []
     for line in lines:
         fits = [fit for fit in line["fit"] if fit["located"]]
         shifts = [shift for shift in line["shift"] if shift]
         rows.append([
             line["world"], line["method"], spread(line["accuracy"]), spread(line["confidence"]),
+            spread([fit["fall"] for fit in line["fit"]]),
             f"{len(fits)}/{len(line['fit'])}", spread([fit["midpoint"] for fit in fits], 1),
             " ".join(f"{fit['midpoint']:.1f}" for fit in fits) or "-",
             spread([shift["tokens"] for shift in shifts], 1),
@@ -207,8 +208,8 @@ def draw(lines: list[dict], out: Path) -> None:
         for axes in grid[2 * pairs - 2 :, 1] if len(worlds) % 2 else ():
             axes.remove()
         figure.supxlabel(
-            "above: mean over seeds with its 95% t interval, thin: fitted logistic · below: every "
-            "seed with its own 95% interval", fontsize=7.5, color="#555555", x=0.99, ha="right",
+            "above: mean over seeds with its 95% t interval, thin: logistic, fitted to the moves · "
+            "below: every seed with its own 95% interval", fontsize=7.5, color="#555555", x=0.99, ha="right",
         )  # fmt: skip
         figure.savefig(out / "after.png", metadata={"Software": None})
 
@@ -216,20 +217,29 @@ def draw(lines: list[dict], out: Path) -> None:
 def draw_world(above, below, lines: list[dict]) -> None:
     """One world: curves above; below t* of every seed or, without any, the mean confidence."""
     located = any(fit["located"] for line in lines for fit in line["fit"])
+    moves = toy.world(lines[0]["world"]).moves
+    last = toy.OPENING_TOKENS + toy.MOVE_TOKENS * moves
     for k, line in enumerate(lines):
         colour, dashes, width = LOOKS[line["method"]]
         t_X, mean_X, half_X, count_X = mean_curve(line)
         above.plot(t_X, mean_X, color=colour, ls=dashes, lw=width, label=line["method"])
         above.fill_between(t_X, mean_X - half_X, mean_X + half_X, color=colour, alpha=0.2, lw=0)
         if located:
+            inside_X = (t_X >= toy.OPENING_TOKENS) & (t_X < last)
+            t_X, mean_X, count_X = t_X[inside_X], mean_X[inside_X], count_X[inside_X]
             t = np.linspace(t_X[0], t_X[-1], 300)
             fit = curves.fit_logistic(t_X, mean_X, count_X)
             above.plot(t, fit(t), color=colour, linewidth=0.7)
         n = len(line["fit"])
         y = k + (np.arange(n) - (n - 1) / 2) * 0.12
-        if located:
-            x = np.array([fit["midpoint"] for fit in line["fit"]])
-            low, high = np.array([fit["midpoint_interval"] for fit in line["fit"]]).T
+        found = [fit for fit in line["fit"] if fit["located"]]
+        if located and not found:
+            below.annotate("no t*", (0.5, k), xycoords=("axes fraction", "data"), color=colour,
+                           ha="center", va="center")  # fmt: skip
+        elif located:
+            y = y[[fit["located"] for fit in line["fit"]]]
+            x = np.array([fit["midpoint"] for fit in found])
+            low, high = np.array([fit["midpoint_interval"] for fit in found]).T
             below.errorbar(x, y, xerr=[(x - low).clip(0), (high - x).clip(0)], color=colour, ls="",
                            marker="o", markersize=3, elinewidth=0.8)  # fmt: skip
         else:

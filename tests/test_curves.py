@@ -440,10 +440,32 @@ def test_a_step_is_told_from_a_slope():
     assert not fit_curve(noisy(0, SLOW), resamples=20).step
 
 
+def test_a_fit_between_two_positions_knows_nothing_else():
+    """Spoilt ends outside do not matter; whole bins count or do not."""
+    rng = np.random.default_rng(8)
+    values = [SLOW(np.arange(160)) + 0.05 * rng.normal(size=160) for _ in range(8)]
+    spoilt = [np.where((np.arange(160) < 6) | (np.arange(160) >= 138), 5.0, v) for v in values]
+    edges = curves.bins(160, width=11, first=6)
+    fits = []
+    for rows in (values, spoilt):
+        parts = np.concatenate(rows), np.tile(np.arange(160), 8), np.repeat(np.arange(8), 160)
+        found = curve(*parts, np.arange(8) // 2, edges)
+        fits.append(fit_curve(found, between=(6, 138), resamples=50))
+        assert fit_curve(found, between=(60, 100)) is None  # four bins
+    assert fits[0].record() == fits[1].record()
+    assert fits[0].seen == (11, 132) and fits[0].width == 11
+    assert abs(fits[0].logistic.midpoint - SLOW.midpoint) < 5
+
+
 def test_bins_of_a_given_width():
     assert curves.bins(10, width=3).tolist() == [0, 3, 6, 9, 12]
     assert curves.bins(9, width=3).tolist() == [0, 3, 6, 9]
     assert curves.bins(2, width=50).tolist() == [0, 50]
+    assert curves.bins(10, width=5, first=2).tolist() == [0, 2, 7, 12]
+    assert curves.bins(10, 2, first=4).tolist() == [0, 4, 7, 10]
+    assert curves.bins(3, first=50).tolist() == [0, 2, 3]  # the last position has a bin
+    with pytest.raises(ValueError, match="first must be a whole number of at least 0"):
+        curves.bins(10, first=-1)
     with pytest.raises(ValueError, match="width must be a whole number of at least 1"):
         curves.bins(10, width=0)
 

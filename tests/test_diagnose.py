@@ -64,9 +64,11 @@ def fidelity_of(world, moves=12, keep=lambda start: True, count=400, samples=1):
     limit = toy.response_limit(moves)
     rows = probing.sample(student, prompts, how, max_new_tokens=limit, seed=0, desc="")
     found = probing.read(student, teacher, prompts, rows, how)
-    edges = curves.bins(1 + int(found.position_F.max()), width=toy.MOVE_TOKENS)
-    parts = found.fidelity_F, found.position_F, found.row_F
-    return curves.fit_curve(curves.curve(*parts, problem_B, edges), resamples=100)
+    between = toy.OPENING_TOKENS, toy.OPENING_TOKENS + toy.MOVE_TOKENS * moves
+    longest = 1 + int(found.position_F.max())
+    edges = curves.bins(longest, width=toy.MOVE_TOKENS, first=toy.OPENING_TOKENS)
+    curve = curves.curve(found.fidelity_F, found.position_F, found.row_F, problem_B, edges)
+    return curves.fit_curve(curve, between=between, resamples=100)
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -74,7 +76,7 @@ def test_t_star_lands_where_the_teacher_of_varied_is_lost(number):
     """Its horizon is 2, 5, 8 or 11 moves by the start mark. The response has 6 tokens and 11 per
     move; of the first move that it does not know the fourth token is the first uncertain one."""
     fit = fidelity_of("varied", keep=lambda start: start % 4 == number, count=120)
-    first = 6 + toy.MOVE_TOKENS * toy.HORIZONS[number]
+    first = toy.OPENING_TOKENS + toy.MOVE_TOKENS * toy.HORIZONS[number]
     low, high = fit.midpoint_interval
     assert fit.located and fit.logistic.r2 > 0.7
     assert low <= first + 3 and first <= high and high - low < 3 * toy.MOVE_TOKENS, (low, high)
@@ -497,7 +499,8 @@ def test_the_command_writes_report_and_pictures(tmp_path):
                                                            strict=True) if n > 1)  # fmt: skip
         assert len(s["completion"]["points"]) == len(s["fidelity"]["handover"]) == 2
     first, second = (s["fidelity"]["student"]["curve"] for s in result["students"].values())
-    assert first["to"][0] == second["to"][0] == toy.MOVE_TOKENS  # one width for all
+    for curve in (first, second):  # the opening sentence, then a move in every bin
+        assert curve["from"][:3] == [0, 6, 17] and curve["to"][1] == 17
 
 
 def test_pictures_can_be_drawn_again_from_the_file_and_are_the_same(tmp_path):
@@ -618,6 +621,8 @@ BAD = {
     "--teacher other": "other",
     "--max-new-tokens 5000": "p.jsonl:1",
     "--frobnicate": "--frobnicate",
+    "--fit-from 9 --fit-to 9": "--fit-to 9",
+    "--fit-to 0": "--fit-to",
     "--out p.jsonl/new": "--out",
     "--out other": "no diagnosis",
     "--out .": "no diagnosis",
