@@ -209,7 +209,8 @@ def draw(lines: list[dict], out: Path) -> None:
             axes.remove()
         figure.supxlabel(
             "above: mean over seeds with its 95% t interval, thin: logistic, fitted to the moves · "
-            "below: every seed with its own 95% interval", fontsize=7.5, color="#555555", x=0.99, ha="right",
+            "below: every seed with its own 95% interval",
+            fontsize=7.5, color="#555555", x=0.99, ha="right",
         )  # fmt: skip
         figure.savefig(out / "after.png", metadata={"Software": None})
 
