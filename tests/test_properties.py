@@ -2457,8 +2457,8 @@ def fits(draw):
     midpoint_R[there:] = NAN
     return curves.Fit(
         curves.Logistic(0.5, 0.1, t, 0.2, 0.9), [t, t], [0, 1], [0, 1], [0, 1], 0.5, [0, 1],
-        draw(st.sampled_from([True, True, True, False])), (0.0, 99.0), width, midpoint_R,
-        midpoint_R,
+        draw(st.booleans()), draw(st.sampled_from([True, True, True, False])), (0.0, 99.0), width,
+        midpoint_R, midpoint_R,
     )  # fmt: skip
 
 
@@ -2480,6 +2480,27 @@ def test_a_shift_is_as_far_there_as_back_and_none_onto_itself(one, two):
 
 
 # ----------------------------------------------------------------------- diagnose, report, pictures
+@prop("diagnose.check_out", examples=40,
+      names=st.sets(st.sampled_from(["report.json", "report.md", "thesis.txt", "config.json"])),
+      there=st.booleans(), file=st.booleans())
+def test_only_an_earlier_report_is_in_nobodys_way(names, there, file):
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "a", "b")
+        if there:
+            out.parent.mkdir()
+            out.write_text("") if file else out.mkdir()
+        for name in names if out.is_dir() else ():
+            (out / name).write_text("")
+        before = sorted(Path(folder).rglob("*"))
+        fine = not there or not (file or (names and "report.json" not in names))
+        try:
+            diagnose.check_out(out)
+            assert fine
+        except ValueError as error:
+            assert not fine and str(out) in str(error)
+        assert sorted(Path(folder).rglob("*")) == before
+
+
 def good_value(action):
     """Values that a flag takes, as words of a command line."""
     if action.nargs == 0:
@@ -2573,7 +2594,7 @@ def diagnosed():
 MAYBE_EMPTY = {"gain", "spread", "telling", "handover", "stop_at_end"}  # means of nothing, perhaps
 FIT = {"drop": 0.5, "slope": 0.1, "midpoint": 20.0, "floor": 0.2, "r2": 0.9, "fall": 0.4,
        "midpoint_interval": [1.0, 2.0], "slope_interval": [1.0, 2.0], "drop_interval": [0.0, 1.0],
-       "floor_interval": [0.0, 1.0], "fall_interval": [0.0, 1.0], "located": True,
+       "floor_interval": [0.0, 1.0], "fall_interval": [0.0, 1.0], "located": True, "step": True,
        "seen": [0.0, 9.0], "width": 4.0}  # fmt: skip
 
 
