@@ -148,9 +148,8 @@ def _judge_fidelity(s: dict) -> Verdict:
         says += "of its own responses too little is known."
     elif own["located"]:
         says += f"on its own responses by {_two(own['fall'])} at {own['midpoint']:.0f}, so "
-        place = own["fall"] > fit["fall"] / 2
-        says += "the place matters more than who wrote the prefix." if place else \
-            "the student's prefixes make it worse."  # fmt: skip
+        says += "it is not for the student's prefixes alone." if own["fall"] > fit["fall"] / 2 \
+            else "the student's prefixes make it worse."  # fmt: skip
     else:
         says += f"on its own responses by {_two(own['fall'])} and at no such point: it is the " \
                 "student's prefixes that lose it."  # fmt: skip

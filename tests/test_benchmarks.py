@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import tiny_model
 
+import toy
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -27,6 +29,7 @@ def load_benchmark(name):
 
 
 compare = load_benchmark("compare")
+verdicts = load_benchmark("verdicts")
 
 
 def last_line(*command):
@@ -276,13 +279,60 @@ def test_the_readme_shows_rows_that_the_commands_wrote():
     """Every row of a results table in the README stands in results/*.md, digit by digit."""
     written = "\n".join(path.read_text() for path in (ROOT / "results").glob("*.md"))
     written = {line.strip() for line in written.splitlines()}
+    worlds = "|".join(map(re.escape, toy.WORLDS))
     shown = [line for line in (ROOT / "README.md").read_text().splitlines()
-             if re.match(r"\| [a-z0-9.-]+ \| \d+ \| ", line) and "→" in line]
-    assert len(shown) > 20
+             if re.match(rf"\| ({worlds}) \| [0-9a-z+]+ \| ", line)]
+    assert len(shown) > 50
     for line in shown:
         assert line.strip() in written, line
     for name in re.findall(r"results/[\w.-]+\.(?:png|json|md)", (ROOT / "README.md").read_text()):
         assert (ROOT / name).exists(), name
+
+
+def diagnosis(method, teacher=0.5):
+    """What verdicts.py reads of a report."""
+    completion = {"teacher": {"mean": teacher}}
+    return {"command": {"method": method}, "students": {"student": {"completion": completion}}}
+
+
+def test_the_regret_of_an_advice_by_hand():
+    """opd .5 and .7, release .4: to suggest release costs .2, nothing .35, lgr was not measured."""
+    runs = [result("opd", 0, 0.5), result("opd", 1, 0.7), result("release", 0, 0.4)]
+    runs += [result("opd", 0, 0.9, "--lr", "1"), result("opd", 0, 0.9, moves=3)]
+    reports = [diagnosis(method) for method in ("opd", "release", None, "lgr")]
+    line = verdicts.advice(reports, runs, "clean", 12)
+    assert line["after"] == {"opd": 0.6, "release": 0.4, "none": 0.25}
+    assert line["suggested"] == ["opd", "release", "none", "lgr"]
+    assert line["regret"] == [0.0, 0.2, 0.35, None]
+    row = verdicts.advice_table([line]).splitlines()[2]
+    assert row == ("| clean | 12 | yes | opd 1/4, release 1/4, none 1/4, lgr 1/4 | 0.500 | 0.250 | "
+                   "0.600 | 0.400 | - | - | 0.183 |")
+    assert not verdicts.seen("clean", 6) and not verdicts.seen("horizon-0.1", 12)
+
+
+def test_verdicts(tmp_path):
+    """One diagnosis of the real command, nothing trained; a second call runs nothing again."""
+    flags = ["benchmarks/verdicts.py", "--seeds", "0", "--cases", "clean", "--after", "--place",
+             tmp_path / "d", "--out", tmp_path / "new"]  # fmt: skip
+    found, _ = last_line(*flags)
+    assert found == {"seen": {"diagnoses": 1, "mean_regret": 0.0, "worst": 0.0}}
+    table = (tmp_path / "new" / "verdicts.md").read_text()
+    assert "| clean | 12 | yes | opd 1/1 | " in table and "After training" not in table
+    report = tmp_path / "d" / "clean-n12-seed0" / "report.json"
+    before = report.stat().st_mtime_ns
+    assert last_line(*flags)[0] == found and report.stat().st_mtime_ns == before
+
+
+def test_the_picture_of_verdicts_is_drawn_from_what_was_written(tmp_path):
+    lines = json.loads((ROOT / "results" / "verdicts.json").read_text())["after"]
+    verdicts.draw(lines, tmp_path)
+    assert (tmp_path / "after.png").read_bytes()[:4] == b"\x89PNG"
+    table = verdicts.after_table(lines)
+    assert table in (ROOT / "results" / "verdicts.md").read_text()
+    for line in lines:
+        t_X, mean_X, half_X, count_X = verdicts.mean_curve(line)
+        assert len(t_X) == len(mean_X) >= 5 and (half_X >= 0).all() and (count_X > 0).all()
+        assert len(line["fit"]) == (1 if line["method"] == "before" else 5)
 
 
 def test_soak(tmp_path):

@@ -430,7 +430,7 @@ def test_the_fidelity_verdict_tells_the_place_from_the_prefix():
     result = diagnosed("horizon", "--count", "40")
     own = copy.deepcopy(result["students"]["student"]["fidelity"]["teacher"])
     said = {v["item"]: v["says"] for v in result["verdicts"]}["fidelity"]
-    assert "the place matters more" in said
+    assert "not for the student's prefixes alone" in said
     own["fit"]["located"] = False
     said = {v["item"]: v["says"] for v in changed(result, fidelity__teacher=own)[0]}["fidelity"]
     assert "the student's prefixes that lose it" in said
