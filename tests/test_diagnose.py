@@ -641,6 +641,7 @@ def test_bad_flags_are_one_line_and_leave_nothing(pair, more, monkeypatch, capsy
     loaded = []
     monkeypatch.setattr(loading, "load_model", lambda *a, **k: loaded.append(a))
     before = sorted(pair.rglob("*"))
+    capsys.readouterr()  # of saving the models
     try:
         code = diagnose.main(flags_of(Path(), *more.split()))
     except SystemExit as error:
