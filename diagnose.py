@@ -227,7 +227,8 @@ def run(args) -> dict:
         desc="teacher answers",
     )  # fmt: skip
     result = {
-        "settings": vars(args), "models": job.paths, **preparing.surroundings(args),
+        "settings": vars(args), **preparing.surroundings(args),
+        "models": {flag: _shown(path) for flag, path in job.paths.items()},
         "sentence_splitter": job.splitter_name, "problems": len(job.problems),
         "vocabulary": vocabulary(job, student), "template": job.template, "students": {},
     }  # fmt: skip
@@ -237,13 +238,19 @@ def run(args) -> dict:
         measured, fit = measuring.measure(job, student, name)
         first = fit if path is None else first
         measured["shift"] = measuring.shift(first, fit) if path is not None else None
-        result["students"][name] = measured | {"path": str(path or job.paths["--student"])}
+        result["students"][name] = measured | {"path": _shown(path or job.paths["--student"])}
         result["verdicts"], result["command"] = report.judge(result)
         checkpoint.write_json(out / "report.json", result)  # what is done by now, should more fail
         del student
     drawn = [] if args.no_figures else pictures.draw(result, out)
     (out / "report.md").write_text(report.markdown(result, drawn), encoding="utf-8")
     return result
+
+
+def _shown(path) -> str:
+    """A path for the report: of what comes with this repository, from its top."""
+    top = Path(__file__).resolve().parent
+    return str(Path(path).relative_to(top) if Path(path).is_relative_to(top) else path)
 
 
 def vocabulary(job: Job, student) -> dict:
