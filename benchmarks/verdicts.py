@@ -145,8 +145,7 @@ def spread(values: list, digits: int = 3) -> str:
 def after_table(lines: list[dict]) -> str:
     """The second table in Markdown."""
     head = ["world", "trained by", "accuracy", "teacher's confidence", "falls by", "t* located",
-            "t*, tokens", "each seed", "moved by, tokens", "moved", "slope, per token", "drop",
-            "floor", "R²"]  # fmt: skip
+            "t* of each seed, tokens", "moved", "slope, per token", "drop", "floor", "R²"]  # fmt: skip
     rows = []
     for line in lines:
         fits = [fit for fit in line["fit"] if fit["located"]]
@@ -154,9 +153,8 @@ def after_table(lines: list[dict]) -> str:
         rows.append([
             line["world"], line["method"], spread(line["accuracy"]), spread(line["confidence"]),
             spread([fit["fall"] for fit in line["fit"]]),
-            f"{len(fits)}/{len(line['fit'])}", spread([fit["midpoint"] for fit in fits], 1),
+            f"{len(fits)}/{len(line['fit'])}",
             " ".join(f"{fit['midpoint']:.1f}" for fit in fits) or "-",
-            spread([shift["tokens"] for shift in shifts], 1),
             f"{sum(shift['moved'] for shift in shifts)}/{len(shifts)}" if shifts else "-",
             *(spread([fit[k] for fit in fits]) for k in ("slope", "drop", "floor", "r2")),
         ])  # fmt: skip
