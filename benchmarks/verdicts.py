@@ -145,7 +145,8 @@ def spread(values: list, digits: int = 3) -> str:
 def after_table(lines: list[dict]) -> str:
     """The second table in Markdown."""
     head = ["world", "trained by", "accuracy", "teacher's confidence", "falls by", "t* located",
-            "t* of each seed, tokens", "moved", "slope, per token", "drop", "floor", "R²"]  # fmt: skip
+            "t* of each seed, tokens", "moved", "slope, per token", "drop", "floor",
+            "R²"]  # fmt: skip
     rows = []
     for line in lines:
         fits = [fit for fit in line["fit"] if fit["located"]]
