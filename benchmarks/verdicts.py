@@ -243,6 +243,7 @@ def draw_world(above, below, lines: list[dict]) -> None:
             below.errorbar(x, y, xerr=[(x - low).clip(0), (high - x).clip(0)], color=colour, ls="",
                            marker="o", markersize=3, elinewidth=0.8)  # fmt: skip
         else:
+            below.locator_params(axis="x", nbins=4)
             below.plot(line["confidence"], y, color=colour, ls="", marker="o", markersize=3)
     place = above.get_subplotspec()
     if place.is_first_col() and place.is_first_row():

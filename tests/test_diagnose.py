@@ -273,7 +273,7 @@ def test_the_handover_windows_by_hand(monkeypatch):
         return np.array([0.9, 0.7])
 
     monkeypatch.setattr(probing, "mean_fidelity", mean_fidelity)
-    fidelity = [1.0, 0.8, 0.6, 0.4, 0.2] + [0.5] * 2 + [0.3, 0.5, 0.1, 0.1]
+    fidelity = [1.0, 0.8, 0.6, 0.4, 0.2] + [0.9] * 2 + [0.3, 0.5, 0.1, 0.1]
     found = readings([5, 2, 4], fidelity_F=fidelity)
     heads, tails = [[1, 2], [3, 4]], [[5, 6, 7], [8]]
     x = measuring.handover(job([0, 1, 2]), found, np.array([0, 2]), heads, tails, 3, "")
@@ -310,6 +310,17 @@ def test_completions_by_hand(monkeypatch):
     assert point["over_student"]["mean"] == pytest.approx(1 / 3, abs=1e-5)
     assert point["over_teacher"]["mean"] == pytest.approx(2 / 3, abs=1e-5)
     assert measuring.measure_completion(j, found, rows, None, None)[0] == []
+
+
+def test_a_completion_is_judged_with_what_it_completes(monkeypatch):
+    """The answer stands before the cut; what the teacher adds has none."""
+    monkeypatch.setattr(probing, "sample", lambda model, prompts, how, **_: [ids("!")] * 2)
+    monkeypatch.setattr(measuring, "handover", lambda *given: {})
+    rows = [ids("It is 5, I think"), ids("It is 6, I think")]
+    j = job([0, 1], problems=[{"answer": "5"}] * 2, answered=True)
+    found = readings([len(row) for row in rows])
+    (point,), _ = measuring.measure_completion(j, found, rows, np.zeros(2), np.zeros(2))
+    assert point["tokens"] == 8 and point["accuracy"]["mean"] == 0.5
 
 
 def fit_at(midpoint, spread=1.0, located=True, width=4.0):
