@@ -292,8 +292,8 @@ def judge(result: dict) -> tuple[list[dict], dict]:
 
 def suggest(result: dict, verdicts: dict[str, Verdict]) -> dict:
     """The method that fits: release where the teacher gets lost, lookahead where a confident
-    choice exists and is not known to be a wrong one, neither where neither; nothing where the
-    teacher is sure, and worse than the student."""
+    choice exists and is, as far as answers tell, the right one, neither where neither; nothing
+    where the teacher is sure, and worse than the student."""
     s = result["students"]["student"]
     lost = [name for name in ("fidelity", "margin") if verdicts[name].grade == "bad"]
     found = s["lookahead"]
@@ -316,7 +316,12 @@ def suggest(result: dict, verdicts: dict[str, Verdict]) -> dict:
             words.append(flag)
         else:  # a value that looks like a flag needs the =
             words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+    others = {v.item for v in verdicts.values() if v.grade == "bad"}
+    others = sorted(others - {"teacher", "fidelity", "margin", "lookahead"})
     plain = "nothing stands in the way of the plain form"
+    if others:
+        names = ", ".join(others)
+        plain = f"what stands in the way ({names}) is nothing that release or lookahead would mend"
     if verdicts["teacher"].grade == "mixed":
         plain += ", though the teacher is not measurably better than the student"
     why = "; ".join(why) or plain

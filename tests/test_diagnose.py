@@ -396,6 +396,12 @@ def test_which_method_is_suggested(more, method):
     assert ("No method here fits" in report.summary(result)) == (method is None)
 
 
+def test_what_no_method_mends_is_named():
+    verdicts, command = changed(diagnosed("clean"), compatibility__truncated=mean(0.5))
+    assert command["method"] == "opd" and "stands in the way (truncated)" in command["why"]
+    assert "nothing stands" in changed(diagnosed("clean"))[1]["why"]
+
+
 def grade(item, **more):
     verdicts, _ = changed(diagnosed("clean"), **more)
     return next(v["grade"] for v in verdicts if v["item"] == item)
@@ -588,6 +594,19 @@ def test_any_pair_of_models_and_a_file_of_problems(pair):
     assert args.student == str(pair / "s") and args.problems == str(pair / "p.jsonl")
     assert args.max_new_tokens == 12
     strict(result)
+
+
+def test_a_compared_student_may_have_a_smaller_vocabulary(pair):
+    write_model(pair / "small", vocab_size=230)
+    result = diagnose.run(diagnose.parse(flags_of(pair, "--compare", pair / "small")))
+    assert result["vocabulary"]["shared"] == 230 and "small" in result["students"]
+
+
+def test_the_margin_may_be_one_of_probabilities(pair):
+    for kind, high in (("prob", True), ("logprob", False)):
+        s = diagnose.run(diagnose.parse(flags_of(pair, "--margin", kind)))["students"]["student"]
+        upper = max(x for x in s["margin"]["student"]["by_token"]["quartile_high"] if x is not None)
+        assert (upper <= 1) == high
 
 
 def test_problems_without_answers_are_diagnosed_as_far_as_that_goes(pair):
