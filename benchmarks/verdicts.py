@@ -132,6 +132,11 @@ def after_lines(found: dict, world: str, seeds: list[int]) -> list[dict]:
     return lines
 
 
+def shaped(fit: dict) -> bool:
+    """Whether there is a fall that the logistic describes, be it too small to count as located."""
+    return fit["fall"] > 0.01 and fit["r2"] >= curves.EXPLAINED
+
+
 def spread(values: list, digits: int = 3) -> str:
     """Mean ± standard error over seeds; a single number as it is."""
     if not values:
@@ -145,17 +150,19 @@ def spread(values: list, digits: int = 3) -> str:
 def after_table(lines: list[dict]) -> str:
     """The second table in Markdown."""
     head = ["world", "trained by", "accuracy", "teacher's confidence", "falls by", "t* located",
-            "t* of each seed, tokens", "moved", "slope, per token", "drop", "floor",
-            "R²"]  # fmt: skip
+            "t* of each seed, tokens (in brackets: not located)", "moved", "slope, per token",
+            "drop", "floor", "R²"]  # fmt: skip
     rows = []
     for line in lines:
-        fits = [fit for fit in line["fit"] if fit["located"]]
+        located = [fit for fit in line["fit"] if fit["located"]]
+        fits = [fit for fit in line["fit"] if shaped(fit)]
+        each = [f"{fit['midpoint']:.1f}" if fit["located"] else f"({fit['midpoint']:.1f})"
+                for fit in fits]  # fmt: skip
         shifts = [shift for shift in line["shift"] if shift]
         rows.append([
             line["world"], line["method"], spread(line["accuracy"]), spread(line["confidence"]),
             spread([fit["fall"] for fit in line["fit"]]),
-            f"{len(fits)}/{len(line['fit'])}",
-            " ".join(f"{fit['midpoint']:.1f}" for fit in fits) or "-",
+            f"{len(located)}/{len(line['fit'])}", " ".join(each) or "-",
             f"{sum(shift['moved'] for shift in shifts)}/{len(shifts)}" if shifts else "-",
             *(spread([fit[k] for fit in fits]) for k in ("slope", "drop", "floor", "r2")),
         ])  # fmt: skip
@@ -207,8 +214,8 @@ def draw(lines: list[dict], out: Path) -> None:
         for axes in grid[2 * pairs - 2 :, 1] if len(worlds) % 2 else ():
             axes.remove()
         figure.supxlabel(
-            "above: mean over seeds with its 95% t interval, thin: logistic, fitted to the moves · "
-            "below: every seed with its own 95% interval",
+            "above: means over seeds, 95% t intervals; thin: logistic · "
+            "below: every seed, 95% interval; hollow: a fall too small to count",
             fontsize=7.5, color="#555555", x=0.99, ha="right",
         )  # fmt: skip
         figure.savefig(out / "after.png", metadata={"Software": None})
@@ -232,17 +239,14 @@ def draw_world(above, below, lines: list[dict]) -> None:
             above.plot(t, fit(t), color=colour, linewidth=0.7)
         n = len(line["fit"])
         y = k + (np.arange(n) - (n - 1) / 2) * 0.12
-        found = [fit for fit in line["fit"] if fit["located"]]
-        if located and not found:
-            below.annotate("no t*", (0.5, k), xycoords=("axes fraction", "data"), color=colour,
-                           ha="center", va="center")  # fmt: skip
-        elif located:
-            y = y[[fit["located"] for fit in line["fit"]]]
-            x = np.array([fit["midpoint"] for fit in found])
-            low, high = np.array([fit["midpoint_interval"] for fit in found]).T
-            below.errorbar(x, y, xerr=[(x - low).clip(0), (high - x).clip(0)], color=colour, ls="",
-                           marker="o", markersize=3, elinewidth=0.8)  # fmt: skip
-        else:
+        for height, fit in zip(y, line["fit"] if located else [], strict=False):
+            x, (low, high) = fit["midpoint"], fit["midpoint_interval"]
+            fill = colour if fit["located"] else "white"
+            if shaped(fit):
+                below.errorbar([x], [height], xerr=[[max(x - low, 0)], [max(high - x, 0)]],
+                               color=colour, mfc=fill, ls="", marker="o", markersize=3.5,
+                               elinewidth=0.8)  # fmt: skip
+        if not located:
             below.locator_params(axis="x", nbins=4)
             below.plot(line["confidence"], y, color=colour, ls="", marker="o", markersize=3)
     place = above.get_subplotspec()
