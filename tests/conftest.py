@@ -1,5 +1,7 @@
 """Shared by the tests: one thread (two cores, small matrices) and tiny random models."""
 
+import signal
+
 import pytest
 import torch
 from transformers import (
@@ -12,6 +14,11 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
+# A background job of a shell ignores Ctrl-C, and one of nohup SIGHUP; so would all that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 VOCABULARY = 61
 
 

@@ -413,15 +413,6 @@ def test_a_log_goes_on_where_it_was_and_loses_nothing(tmp_path):
     "number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 )
 def test_a_signal_stops_at_once_but_waits_while_held(number, code):
-    inherited = signal.signal(number, signal.default_int_handler)  # ignored in a background job
-    try:
-        stop_and_hold(number, code)
-    finally:
-        signal.signal(number, inherited)
-
-
-def stop_and_hold(number, code):
-    """Stop at once, and once more after what is held."""
     before = signal.getsignal(number)
     signals = checkpoint.Interruptions()
     with pytest.raises(checkpoint.Stop, match=signal.Signals(number).name) as stop, signals:
