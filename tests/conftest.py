@@ -14,7 +14,7 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
-# A background job of a shell ignores Ctrl-C, and one of nohup SIGHUP; so would all that tests start.
+# A background job ignores Ctrl-C, one of nohup SIGHUP, and so would all that the tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
