@@ -609,6 +609,11 @@ def test_the_margin_may_be_one_of_probabilities(pair):
         assert (upper <= 1) == high
 
 
+def test_nobody_hesitates_above_a_high_threshold(pair):
+    s = diagnose.run(diagnose.parse(flags_of(pair, "--lgr-tau", "100")))["students"]["student"]
+    assert s["lookahead"]["triggered"]["mean"] == 0 and s["lookahead"]["spread"]["mean"] is None
+
+
 def test_problems_without_answers_are_diagnosed_as_far_as_that_goes(pair):
     (pair / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "answer": 3}\n')
     result = diagnose.run(diagnose.parse(flags_of(pair, "--completions", "1")))
