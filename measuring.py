@@ -9,8 +9,9 @@
     lookahead      what the student's next choice does to the teacher's confidence
     compatibility  overlap, correlation, stopping, lengths, pass@k
 
-Every mean is {"mean", "se", "count", "problems"}, every curve lists of them by bins
-(`curves.Curve`); errors are over problems, for responses to one problem are alike.
+Every mean is {"mean", "se", "count", "problems"}, counting responses; every curve is lists of such
+by bins, counting tokens, too (`curves.Curve`). Errors are over problems, for responses to one
+problem are alike.
 
 Letters: B responses, F tokens of all responses one behind the other, N sentences of all responses.
 """
@@ -89,19 +90,18 @@ def _per_row(value_F, row_F, rows: int, include_F=None) -> np.ndarray:
         return np.bincount(row_F, value_F, rows) / np.bincount(row_F, minlength=rows)
 
 
-def _along(job: Job, found, value_F, edges, include_F=None, **options) -> curves.Curve:
+def _along(job: Job, found, value_F, edges, **options) -> curves.Curve:
     """A curve of some number over the positions of its tokens."""
-    parts = value_F, found.position_F, found.row_F
-    if include_F is not None:
-        parts = [part[include_F] for part in parts]
-    return curves.curve(*parts, job.problem_B, edges, **options)
+    return curves.curve(value_F, found.position_F, found.row_F, job.problem_B, edges, **options)
 
 
 def _token_mean(job: Job, found, value_F, include_F=None) -> dict:
-    """Mean over all tokens with its error over problems."""
+    """Mean over all tokens with its error over problems; its count is that of the responses that
+    have any."""
     include_F = np.ones(len(value_F), bool) if include_F is None else include_F
     count_B = np.bincount(found.row_F[include_F], minlength=len(job.problem_B))
     sum_B = np.bincount(found.row_F[include_F], value_F[include_F], len(job.problem_B))
+    sum_B = np.where(count_B > 0, sum_B, np.nan)
     return curves.mean(sum_B, job.problem_B, denominator_B=count_B)
 
 

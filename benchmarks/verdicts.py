@@ -312,11 +312,14 @@ def main(argv: list[str] | None = None) -> None:
                if r is not None]
         for name, is_seen in (("seen", True), ("unseen", False))
     }  # fmt: skip
-    print(json.dumps({
+    summary = {
         name: {"diagnoses": len(values), "mean_regret": round(statistics.mean(values), 4),
                "worst": max(values)}
         for name, values in regrets.items() if values
-    }))  # fmt: skip
+    }  # fmt: skip
+    gaps = [abs(line["after"]["opd"] - statistics.mean(line["teacher"])) for line in first]
+    near = sum(gap < 0.1 for gap in gaps)
+    print(json.dumps(summary | {"opd_within_0.1_of_the_teacher": [near, len(gaps)]}))
 
 
 if __name__ == "__main__":
