@@ -36,15 +36,15 @@ import checkpoint
 import curves
 import evaluate
 import flags
+import harness
 import lgr
-import loading
 import measuring
 import pictures
 import preparing
 import probing
 import report
 import toy
-from loading import MANY, number, place
+from harness import MANY, number
 from measuring import Job
 
 # Rows of flags.FLAGS that mean the same here, and flags of this command alone.
@@ -76,9 +76,9 @@ OWN = [
 
 
 # ------------------------------------------------------------------------------------ the command
-def make_parser() -> loading.Parser:
+def make_parser() -> harness.Parser:
     """The flags: some of train.py's, with the same defaults, and OWN."""
-    parser = loading.Parser(
+    parser = harness.Parser(
         prog="diagnose.py", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     known = {row[0]: row for row in sum(flags.FLAGS.values(), [])}
@@ -132,7 +132,7 @@ def check_out(out) -> None:
     """ValueError unless a report can be written there: nothing yet, or an earlier report, which
     will be moved aside."""
     out = Path(out)
-    loading.check_creatable("--out", out)
+    harness.check_creatable("--out", out)
     if out.is_dir() and any(out.iterdir()) and not (out / "report.json").is_file():
         raise ValueError(f"--out {out} holds files that are no diagnosis; name another folder")
 
@@ -144,10 +144,10 @@ def prepare(args) -> Job:
     tokenizers, configs, vocab_size = preparing.open_pair(args)
     trust = {"trust_remote_code": args.trust_remote_code}
     for path in args.compare:
-        tokenizer = loading.load_tokenizer(path, **trust)
-        config = loading.load_config(path, **trust).get_text_config(decoder=True)
+        tokenizer = harness.load_tokenizer(path, **trust)
+        config = harness.load_config(path, **trust).get_text_config(decoder=True)
         try:
-            shared = loading.common_vocabulary(tokenizer, tokenizers["--teacher"])
+            shared = harness.common_vocabulary(tokenizer, tokenizers["--teacher"])
         except ValueError as error:
             raise ValueError(f"--compare {path}: {error}") from None
         vocab_size = min(vocab_size, shared, config.vocab_size)
@@ -156,13 +156,13 @@ def prepare(args) -> Job:
         raise ValueError(f"--top-k {args.top_k} exceeds the vocabulary of {vocab_size}")
     tokenizer = tokenizers["--student"]
     if args.problems is not None:
-        problems = loading.load_problems(args.problems, require_answer=False)[: args.count]
+        problems = harness.load_problems(args.problems, require_answer=False)[: args.count]
     else:
         records = toy.problems(args.count, moves=args.difficulty, split="test")
-        problems = loading.from_records(records, where="toy")
+        problems = harness.from_records(records, where="toy")
     if len(problems) < 2:
         raise ValueError(f"{args.problems}: one problem gives no errors; at least two are needed")
-    prompts = loading.render_prompts(tokenizer, problems, thinking=args.thinking)
+    prompts = harness.render_prompts(tokenizer, problems, thinking=args.thinking)
     preparing.check_prompts(tokenizer, configs, vocab_size, problems, prompts, args.max_new_tokens)
     splitter, splitter_name = preparing.open_splitter(args)
     return Job(
@@ -181,7 +181,7 @@ def compare_templates(teacher_tokenizer, problems, prompts, thinking: bool) -> d
     """{"same": share of the problems that the teacher's own template renders as the student's
     does, "why": an error instead}. Training gives the teacher the student's."""
     try:
-        own = loading.render_prompts(teacher_tokenizer, problems, thinking=thinking)
+        own = harness.render_prompts(teacher_tokenizer, problems, thinking=thinking)
     except ValueError as error:
         return {"same": 0.0, "why": str(error)}
     same = [ours == theirs for ours, theirs in zip(prompts, own, strict=True)]
@@ -191,11 +191,11 @@ def compare_templates(teacher_tokenizer, problems, prompts, thinking: bool) -> d
 def load(job: Job, path: str):
     """A model, checked against the prompts that it will read."""
     args = job.args
-    model = loading.load_model(
+    model = harness.load_model(
         path, dtype=getattr(torch, args.dtype), device=args.device,
         trust_remote_code=args.trust_remote_code, allow_bin=args.allow_bin,
     )  # fmt: skip
-    loading.check_head(str(path), model, job.prompts[0][:8])
+    harness.check_head(str(path), model, job.prompts[0][:8])
     evaluate.check_sampling(path, model, job.prompts, args.max_new_tokens)
     return model
 
@@ -209,8 +209,8 @@ def run(args) -> dict:
     job.teacher = load(job, job.paths["--teacher"]).requires_grad_(False)
     student = load(job, job.paths["--student"])
     job.how = probing.How(
-        stop_ids=tuple(loading.stop_ids(student, job.teacher, job.tokenizer)),
-        pad_id=loading.pad_id(job.tokenizer), vocab_size=job.vocab_size,
+        stop_ids=tuple(harness.stop_ids(student, job.teacher, job.tokenizer)),
+        pad_id=harness.pad_id(job.tokenizer), vocab_size=job.vocab_size,
         temperature=args.temperature, candidates=args.top_k, margin_top_k=args.margin_top_k,
         group=args.lgr_top_k, tau=args.lgr_tau, margin=args.margin, batch_size=args.batch_size,
         tokens=args.tokens_per_pass,
@@ -219,7 +219,7 @@ def run(args) -> dict:
         lgr.check_model(job.teacher, max(map(len, job.prompts)) + args.max_new_tokens)
         lgr.self_check(job.teacher)
     except ValueError as error:
-        job.lookahead = loading.first_line(error)
+        job.lookahead = harness.first_line(error)
     out = Path(args.out)
     checkpoint.make_folder(out)
     job.teacher_rows = probing.sample(
@@ -259,7 +259,7 @@ def vocabulary(job: Job, student) -> dict:
     stops = {}
     for name, model in heads.items():
         try:
-            stops[name] = loading.stop_ids(model)
+            stops[name] = harness.stop_ids(model)
         except ValueError:  # only the tokenizer knows one
             stops[name] = []
     rows = {name: len(model.get_output_embeddings().weight) for name, model in heads.items()}
@@ -274,7 +274,7 @@ def main(argv=None) -> int:
     try:
         result = run(args)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        loading.complain("diagnose.py", error)
+        harness.complain("diagnose.py", error)
         return 2
     print(report.summary(result))
     return 0

@@ -40,10 +40,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import loading
+import harness
 import rollout
 import toy
-from loading import MANY, MOST_THREADS, TINY, number, place
+from harness import MANY, MOST_THREADS, TINY, number, path_name
 
 # -------------------------------------------------------------------------------------- answers
 
@@ -305,7 +305,7 @@ def check_sampling(path, model, prompts, max_new_tokens):
             model, [prompt], max_new_tokens=new, eos_ids=(), pad_id=0, temperature=0, top_k=1
         )
     except (ValueError, RuntimeError) as error:  # sizes that do not fit together are the latter
-        raise ValueError(f"{path}: {loading.first_line(error)}") from error
+        raise ValueError(f"{path}: {harness.first_line(error)}") from error
 
 
 def check_answer(tokenizer, ids, problem, stops):
@@ -356,13 +356,13 @@ def summarise(records, *, level=0.95, resamples=2000, seed=0):
 
 def make_parser():
     """The flags."""
-    parser = loading.Parser(
+    parser = harness.Parser(
         prog="evaluate.py", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     add, dtypes = parser.add_argument, ["float32", "bfloat16", "float16"]
-    add("--model", type=place, metavar="PATH",
+    add("--model", type=path_name, metavar="PATH",
         help="folder or hub name; default: both models of --toy")  # fmt: skip
-    add("--problems", type=place, metavar="FILE", help="JSONL; see the top of this file")
+    add("--problems", type=path_name, metavar="FILE", help="JSONL; see the top of this file")
     add("--toy", choices=list(toy.WORLDS), help="a toy world's problems; default horizon")
     add("--difficulty", type=number(int, 1, toy.MAX_MOVES),
         help="moves per toy problem (default: the world's)")  # fmt: skip
@@ -381,7 +381,7 @@ def make_parser():
         help="CPU threads; one is best for toy models")  # fmt: skip
     add("--trust-remote-code", action="store_true", help="run code that comes with a model")
     add("--allow-bin", action="store_true", help="read pickled weights where there are no others")
-    add("--out", type=place, metavar="FILE", help="JSON with everything; must not exist")
+    add("--out", type=path_name, metavar="FILE", help="JSON with everything; must not exist")
     return parser
 
 
@@ -421,29 +421,29 @@ def _prepare(args):
     if args.out and os.path.lexists(args.out):
         raise ValueError(f"--out {args.out}: exists already; nothing is overwritten")
     if args.out:
-        loading.check_creatable("--out", args.out)
+        harness.check_creatable("--out", args.out)
         if not os.path.basename(args.out) or not Path(args.out).absolute().parent.is_dir():
             raise ValueError(f"--out {args.out}: needs a folder that is there and a name in it")
     try:
         with warnings.catch_warnings(action="ignore"):
             torch.zeros(1, device=args.device).item()
     except Exception as error:  # what a missing back end raises is its own affair
-        raise ValueError(f"--device {args.device}: {loading.first_line(error)}") from error
+        raise ValueError(f"--device {args.device}: {harness.first_line(error)}") from error
     if args.problems:
-        problems = loading.load_problems(args.problems)[: args.count]
+        problems = harness.load_problems(args.problems)[: args.count]
     else:
         records = toy.problems(args.count, moves=args.difficulty, split="test")
-        problems = loading.from_records(records, f"toy {args.toy}")
+        problems = harness.from_records(records, f"toy {args.toy}")
     world = None if args.model else toy.world(args.toy)
     paths = {"student": world.student, "teacher": world.teacher} if world else {"model": args.model}
     models, trust = {}, {"trust_remote_code": args.trust_remote_code}
     for name, path in paths.items():
         if world:
             toy.require(path)  # not all come with the repository
-        tokenizer = loading.load_tokenizer(path, **trust)
-        prompts = loading.render_prompts(tokenizer, problems, thinking=args.thinking)
-        config = loading.load_config(path, **trust)
-        loading.check_fit(config, problems, prompts, args.max_new_tokens)
+        tokenizer = harness.load_tokenizer(path, **trust)
+        prompts = harness.render_prompts(tokenizer, problems, thinking=args.thinking)
+        config = harness.load_config(path, **trust)
+        harness.check_fit(config, problems, prompts, args.max_new_tokens)
         vocab_size = min(len(tokenizer), config.get_text_config(decoder=True).vocab_size)
         models[name] = path, tokenizer, prompts, vocab_size
     return problems, models
@@ -452,10 +452,10 @@ def _prepare(args):
 def _load(args, path, tokenizer, prompts, vocab_size):
     """(model, what sampling needs to know about it); ValueError if it cannot answer a prompt."""
     dtype, trust = getattr(torch, args.dtype), args.trust_remote_code
-    model = loading.load_model(
+    model = harness.load_model(
         path, dtype=dtype, device=args.device, trust_remote_code=trust, allow_bin=args.allow_bin
     )
-    stop_ids, pad_id = loading.stop_ids(model, tokenizer), loading.pad_id(tokenizer)
+    stop_ids, pad_id = harness.stop_ids(model, tokenizer), harness.pad_id(tokenizer)
     options = {"stop_ids": stop_ids, "pad_id": pad_id, "vocab_size": vocab_size}
     check_sampling(path, model, prompts, args.max_new_tokens)
     return model, options
@@ -507,7 +507,7 @@ def main(argv=None):
     try:
         result = run(args)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        loading.complain("evaluate.py", error)
+        harness.complain("evaluate.py", error)
         return 2
     print(json.dumps({name: part["summary"] for name, part in result["models"].items()}))
     return 0

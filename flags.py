@@ -16,7 +16,7 @@ import controls
 import lgr
 import logprobs
 import toy
-from loading import BIG, MANY, MOST_THREADS, TINY, Parser, number, place
+from harness import BIG, MANY, MOST_THREADS, TINY, Parser, number, path_name
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def add_flags(group, flags: list[tuple]) -> None:
         elif isinstance(real, int | float):
             options |= {"type": number(type(real), low, high), "metavar": "N"}
         elif "choices" not in options:
-            options.setdefault("type", place)
+            options.setdefault("type", path_name)
         if isinstance(default, tuple):
             text += f" (default {default[0]} | with --student {default[1]})"
             default = None

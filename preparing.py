@@ -22,8 +22,8 @@ import transformers
 import checkpoint
 import evaluate
 import grading
+import harness
 import lgr
-import loading
 import logprobs
 import teachability
 import toy
@@ -110,17 +110,17 @@ def load_prompts(args, tokenizer, path: str | None, split: str, task="dial") -> 
     """Problems of a file or of the toy world, and their prompts in the student's template, which
     the teacher reads too: two templates would be two prompts."""
     if path is not None:
-        problems = loading.load_problems(path, require_answer=split == "test")
+        problems = harness.load_problems(path, require_answer=split == "test")
     else:
         count = args.eval_count if split == "test" else 4096
         seed = 0 if split == "test" else args.seed
-        problems = loading.from_records(
+        problems = harness.from_records(
             toy.problems(count, moves=args.difficulty, split=split, seed=seed, task=task),
             where="toy",
         )
     if split == "test":
         problems = problems[: args.eval_count]
-    return problems, loading.render_prompts(tokenizer, problems, thinking=args.thinking)
+    return problems, harness.render_prompts(tokenizer, problems, thinking=args.thinking)
 
 
 def open_pair(args) -> tuple[dict, dict, int]:
@@ -129,11 +129,11 @@ def open_pair(args) -> tuple[dict, dict, int]:
     paths = student_and_teacher(args)
     tokenizers, configs = {}, {}
     for flag, path in paths.items():
-        tokenizers[flag] = loading.load_tokenizer(path, trust_remote_code=args.trust_remote_code)
-        config = loading.load_config(path, trust_remote_code=args.trust_remote_code)
+        tokenizers[flag] = harness.load_tokenizer(path, trust_remote_code=args.trust_remote_code)
+        config = harness.load_config(path, trust_remote_code=args.trust_remote_code)
         configs[flag] = config.get_text_config(decoder=True)
     vocab_size = min(
-        loading.common_vocabulary(*tokenizers.values()), *(c.vocab_size for c in configs.values())
+        harness.common_vocabulary(*tokenizers.values()), *(c.vocab_size for c in configs.values())
     )
     return tokenizers, configs, vocab_size
 
@@ -148,7 +148,7 @@ def check_prompts(tokenizer, configs, vocab_size: int, problems, prompts, max_ne
                 f"is not among the {vocab_size} tokens that --student and --teacher share"
             )
     for config in configs.values():
-        loading.check_fit(config, problems, prompts, max_new_tokens)
+        harness.check_fit(config, problems, prompts, max_new_tokens)
 
 
 def open_splitter(args) -> tuple[object, str]:
@@ -185,7 +185,7 @@ def prepare(args, rank: int, world: int) -> Run:
     return Run(
         args=args, rank=rank, world=world, tokenizer=tokenizer, splitter=splitter,
         splitter_name=splitter_name, sentences=sentences, vocab_size=vocab_size,
-        pad_id=loading.pad_id(tokenizer), prompts=prompts, eval_problems=eval_problems,
+        pad_id=harness.pad_id(tokenizer), prompts=prompts, eval_problems=eval_problems,
         eval_prompts=eval_prompts, ood_problems=ood_problems, ood_prompts=ood_prompts,
     )
 
@@ -251,11 +251,11 @@ def load_models(run: Run, device: torch.device) -> None:
     for flag, path in student_and_teacher(args).items():
         is_student = flag == "--student"
         dtype = torch.float32 if is_student else getattr(torch, args.dtype)
-        model = loading.load_model(
+        model = harness.load_model(
             path, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code,
             allow_bin=args.allow_bin,
         )  # fmt: skip
-        loading.check_head(flag, model, run.prompts[0][:8])
+        harness.check_head(flag, model, run.prompts[0][:8])
         if is_student:
             every = run.prompts + run.eval_prompts + run.ood_prompts
             evaluate.check_sampling(path, model, every, args.max_new_tokens)
@@ -266,7 +266,7 @@ def load_models(run: Run, device: torch.device) -> None:
                 longest = max(map(len, run.prompts)) + args.max_new_tokens
                 lgr.check_model(model, longest)
                 lgr.self_check(model)
-    run.stop_ids = loading.stop_ids(run.model, run.teacher, run.tokenizer)
+    run.stop_ids = harness.stop_ids(run.model, run.teacher, run.tokenizer)
     if args.gradient_checkpointing:
         run.model.gradient_checkpointing_enable({"use_reentrant": False})
     run.student = StudentLogProbs(run.model, run.vocab_size, args.temperature)

@@ -55,7 +55,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-import loading
+import harness
 
 ASSETS = Path(__file__).resolve().parent / "assets" / "toy"
 MARKS, MAX_AMOUNT, MAX_MOVES = 16, 5, 12
@@ -522,8 +522,8 @@ def require(folder):
 def load(folder):
     """(float32 model in eval mode, tokenizer) of a local folder; ValueError if there is none."""
     require(folder)
-    model = loading.load_model(folder, dtype=torch.float32, device="cpu")
-    return model, loading.load_tokenizer(folder)
+    model = harness.load_model(folder, dtype=torch.float32, device="cpu")
+    return model, harness.load_tokenizer(folder)
 
 
 def spoil(base, noise, folder, *, seed=0, steps=None):
@@ -672,12 +672,12 @@ def table(folders, moves, *, count=200):
 
 def make_parser():
     """The flags."""
-    parser = loading.Parser(
+    parser = harness.Parser(
         prog="toy.py", allow_abbrev=False,
         description="Rebuild the offline toy world (tiny students and teachers), or look at it.",
     )  # fmt: skip
-    add, number = parser.add_argument, loading.number
-    add("--out", type=loading.place, metavar="FOLDER", default=str(ASSETS),
+    add, number = parser.add_argument, harness.number
+    add("--out", type=harness.path_name, metavar="FOLDER", default=str(ASSETS),
         help="folder of the model folders (%(default)s)")  # fmt: skip
     add("--world", metavar="NAME", choices=list(WORLDS), help="build what this world needs and "
         "--out lacks: " + ", ".join(WORLDS))  # fmt: skip
@@ -690,7 +690,7 @@ def make_parser():
         help="seed of weights and data (%(default)s)")  # fmt: skip
     add("--steps", type=number(int, 1), metavar="N",
         help="training steps of every stage, for smoke tests")  # fmt: skip
-    add("--threads", type=number(int, 1, loading.MOST_THREADS), metavar="N", default=1,
+    add("--threads", type=number(int, 1, harness.MOST_THREADS), metavar="N", default=1,
         help="CPU threads; 1 is fastest here (%(default)s)")  # fmt: skip
     add("--force", action="store_true", help="overwrite model folders that exist; with "
         "--world: train its teacher anew")  # fmt: skip
@@ -726,7 +726,7 @@ def run(args):
             print(table(*part), end="\n\n" * (i == 0))
         print()
         return
-    loading.check_creatable("--out", args.out)  # not after minutes of training
+    harness.check_creatable("--out", args.out)  # not after minutes of training
     h, c = args.horizon, args.corruption
     if h is None:
         options = {"seed": args.seed, "steps": args.steps, "force": args.force}
@@ -747,7 +747,7 @@ def main(argv=None):
     try:
         run(args)
     except (ValueError, OSError) as error:
-        loading.complain("toy.py", error)
+        harness.complain("toy.py", error)
         return 2
     return 0
 

@@ -54,8 +54,8 @@ import controls
 import evaluate
 import flags
 import grading
+import harness
 import lgr
-import loading
 import logprobs
 import metrics
 import preparing
@@ -625,7 +625,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(code)
 
 
-def guarded(args, parser: loading.Parser, interruptions: checkpoint.Interruptions) -> int:
+def guarded(args, parser: harness.Parser, interruptions: checkpoint.Interruptions) -> int:
     """The command but for its first and last moments; returns the exit code."""
     out, sentences, begun = Path(args.out), None, None
     try:
@@ -658,7 +658,7 @@ def set_up(args, out: Path) -> tuple[Run, Resume | None, torch.device]:
     run, resume, error = None, None, None
     try:
         if rank == 0:  # alone: another rank's probe in an empty folder would look like a file
-            loading.check_creatable("--out", out)
+            harness.check_creatable("--out", out)
             checkpoint.check_folder(out, args.resume)
         run = preparing.prepare(args, rank, world)
         resume = find_resume(run, out) if rank == 0 else None

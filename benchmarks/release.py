@@ -43,8 +43,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+
 import grading  # noqa: E402
-import loading  # noqa: E402
+import harness  # noqa: E402
 import rollout  # noqa: E402
 import teachability  # noqa: E402
 import toy  # noqa: E402
@@ -142,7 +143,7 @@ class Toy:
     """Solutions of toy problems, one behind the other."""
 
     def __init__(self):
-        self.tokenizer = loading.load_tokenizer(toy.world().student)
+        self.tokenizer = harness.load_tokenizer(toy.world().student)
         self.problems = iter(toy.problems(10_000))
 
     def ids(self, length: int) -> list[int]:

@@ -42,7 +42,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import loading  # noqa: E402
+import harness  # noqa: E402
 import rollout  # noqa: E402
 import toy  # noqa: E402
 
@@ -108,16 +108,16 @@ class Work:
         self.kind = kind
         if name == "toy":
             folder = str(toy.world("horizon").student)
-            self.model = loading.load_model(folder, dtype=dtype, device=torch.device(device))
-            tokenizer = loading.load_tokenizer(folder)
+            self.model = harness.load_model(folder, dtype=dtype, device=torch.device(device))
+            tokenizer = harness.load_tokenizer(folder)
             longest = 11 * toy.MAX_MOVES + 17
             self.limit = toy.response_limit(toy.MAX_MOVES)
             records = []
             for row, length in enumerate(draw_lengths(kind, rows, longest)):
                 moves = min(max(round((length - 17) / 11), 1), toy.MAX_MOVES)
                 records += toy.problems(1, moves=moves, split="test", seed=row)
-            problems = loading.from_records(records, where="toy")
-            self.prompts = loading.render_prompts(tokenizer, problems)
+            problems = harness.from_records(records, where="toy")
+            self.prompts = harness.render_prompts(tokenizer, problems)
             self.eos, self.pad = [tokenizer.eos_token_id], tokenizer.pad_token_id
         else:
             self.model = build(name, device, dtype, longest + prompt_tokens)

@@ -1079,19 +1079,19 @@ def main_of(command):
 
 
 def no_weights(*args, **named):
-    """In the place of `loading.load_model` where nothing needs the weights."""
+    """In the place of `harness.load_model` where nothing needs the weights."""
     raise AssertionError("weights were read before a refusal that needs none")
 
 
 def accept(c: Case, flags: list[str]) -> None:
     """AssertionError unless the texts come back from the prompts, without control tokens."""
-    import loading
+    import harness
 
     path = flags[flags.index("--model") + 1]
-    tokenizer = loading.load_tokenizer(path)
+    tokenizer = harness.load_tokenizer(path)
     special = set(tokenizer.all_special_ids)
     found = []
-    for ids in loading.render_prompts(tokenizer, loading.load_problems("mine.jsonl")):
+    for ids in harness.render_prompts(tokenizer, harness.load_problems("mine.jsonl")):
         part = []
         for i in ids:  # the template puts a control token before and behind every text
             if i in special:
@@ -1120,7 +1120,7 @@ def child(c: Case, flags: list[str], folder: Path, real: bool) -> None:
         if c.group == "accepted":
             accept(c, flags)
         if not c.weights:
-            importlib.import_module("loading").load_model = no_weights
+            importlib.import_module("harness").load_model = no_weights
         code = main_of(c.command)(flags) or 0
     except SystemExit as stop:
         code = stop.code

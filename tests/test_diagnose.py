@@ -19,7 +19,7 @@ from conftest import write_model
 import curves
 import diagnose
 import flags
-import loading
+import harness
 import measuring
 import pictures
 import probing
@@ -675,7 +675,7 @@ def test_bad_flags_are_one_line_and_leave_nothing(pair, more, monkeypatch, capsy
     write_model(pair / "other", tokenizer_seed=3)
     (pair / "one.jsonl").write_text('{"problem": "a"}')
     loaded = []
-    monkeypatch.setattr(loading, "load_model", lambda *a, **k: loaded.append(a))
+    monkeypatch.setattr(harness, "load_model", lambda *a, **k: loaded.append(a))
     before = sorted(pair.rglob("*"))
     capsys.readouterr()  # of saving the models
     try:

@@ -17,7 +17,7 @@ from test_loading import GOOD, ask, byte_tokenizer, tiny_model, write
 from transformers import AutoTokenizer
 
 import evaluate
-import loading
+import harness
 import toy
 
 ROOT = Path(evaluate.__file__).parent
@@ -342,9 +342,9 @@ def sample(problems, **changes):
     tokenizer = byte_tokenizer()
     model = tiny_model(tokenizer)
     settings = dict(samples=3, max_new_tokens=12, batch_size=2, progress=False)
-    settings |= dict(stop_ids=loading.stop_ids(model, tokenizer), vocab_size=len(tokenizer))
-    settings |= dict(pad_id=loading.pad_id(tokenizer), generator=torch.Generator().manual_seed(1))
-    prompts = loading.render_prompts(tokenizer, problems) if problems else []
+    settings |= dict(stop_ids=harness.stop_ids(model, tokenizer), vocab_size=len(tokenizer))
+    settings |= dict(pad_id=harness.pad_id(tokenizer), generator=torch.Generator().manual_seed(1))
+    prompts = harness.render_prompts(tokenizer, problems) if problems else []
     return evaluate.sample_answers(model, tokenizer, problems, prompts, **settings | changes)
 
 
@@ -370,7 +370,7 @@ def test_truncation_is_the_last_token_and_not_the_length():
 
 def test_greedy_samples_agree_and_missing_answers_are_not_right():
     (records,) = sample(
-        loading.from_records([{"problem": "a"}], "p", require_answer=False), temperature=0
+        harness.from_records([{"problem": "a"}], "p", require_answer=False), temperature=0
     )
     assert records == [records[0]] * 3 and not records[0]["correct"]
 
@@ -452,8 +452,8 @@ def test_an_error_of_the_command_is_one_line(tmp_path):
 def test_errors_name_the_culprit_before_weights_are_read(
     capsys, monkeypatch, folder, problems_file, tmp_path
 ):
-    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("read weights"))
-    monkeypatch.setattr(loading, "_online", lambda: False)
+    monkeypatch.setattr(harness, "load_model", lambda *_, **__: pytest.fail("read weights"))
+    monkeypatch.setattr(harness.models, "_online", lambda: False)
     bad = write(tmp_path / "bad.jsonl", GOOD, b"{")
     control = write(tmp_path / "control.jsonl", GOOD, {"problem": "<|end|>", "answer": 1})
     (tmp_path / "there.json").write_text("mine")

@@ -16,7 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import loading
+import harness
 import toy
 
 TEMPLATE = (
@@ -77,7 +77,7 @@ def test_load_problems_reads_the_three_forms_and_skips_blank_lines(tmp_path):
         {"messages": chat, "answer": 0.5},
         b"",
     )
-    problems = loading.load_problems(path)
+    problems = harness.load_problems(path)
     assert [p["answer"] for p in problems] == ["1", "2", "0.5"]
     assert [p["where"] for p in problems] == [f"{path}:{n}" for n in (1, 3, 4)]
     assert problems[0]["messages"] == [{"role": "user", "content": "one?"}]
@@ -87,7 +87,7 @@ def test_load_problems_reads_the_three_forms_and_skips_blank_lines(tmp_path):
 def test_a_byte_order_mark_and_crlf_are_no_error(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"problem": "a \xe2\x80\xa8 b", "answer": 1}\r\n')
-    assert loading.load_problems(path)[0]["messages"][0]["content"] == "a \u2028 b"
+    assert harness.load_problems(path)[0]["messages"][0]["content"] == "a \u2028 b"
 
 
 GOOD = {"problem": "p", "answer": "1"}
@@ -124,36 +124,36 @@ def test_a_bad_line_is_named(tmp_path, name):
     line, what = BAD[name]
     path = write(tmp_path / "p.jsonl", GOOD, line)
     with pytest.raises(ValueError, match=what) as caught:
-        loading.load_problems(path)
+        harness.load_problems(path)
     assert str(caught.value).startswith(f"{path}:2: ")
 
 
 def test_files_that_are_none(tmp_path):
     for path in (tmp_path / "missing.jsonl", tmp_path, write(tmp_path / "empty.jsonl", b"\n")):
         with pytest.raises(ValueError, match=str(path)):
-            loading.load_problems(path)
+            harness.load_problems(path)
 
 
 def test_answers_may_be_optional_and_records_share_the_checks():
-    (problem,) = loading.from_records([{"problem": "p"}], "mine", require_answer=False)
+    (problem,) = harness.from_records([{"problem": "p"}], "mine", require_answer=False)
     assert problem["answer"] is None and problem["where"] == "mine:1"
     for records, message in (([{"problem": "p"}], "mine:1"), ([], "mine: no problems")):
         with pytest.raises(ValueError, match=message):
-            loading.from_records(records, "mine")
-    assert loading.from_records(toy.problems(3, split="test"), "toy")[2]["where"] == "toy:3"
+            harness.from_records(records, "mine")
+    assert harness.from_records(toy.problems(3, split="test"), "toy")[2]["where"] == "toy:3"
 
 
 # -------------------------------------------------------------------------------------- prompts
 
 
 def ask(*texts):
-    return loading.from_records([{"problem": t, "answer": "1"} for t in texts], "p")
+    return harness.from_records([{"problem": t, "answer": "1"} for t in texts], "p")
 
 
 def test_prompts_go_through_the_template_without_a_second_bos():
     tokenizer = byte_tokenizer()
     plain, thinking = (
-        loading.render_prompts(tokenizer, ask("1+1?"), thinking=t)[0] for t in (False, True)
+        harness.render_prompts(tokenizer, ask("1+1?"), thinking=t)[0] for t in (False, True)
     )
     assert tokenizer.decode(plain) == "<|user|>1+1?<|end|><|assistant|>"
     assert thinking == plain + tokenizer.convert_tokens_to_ids(["<think>"])
@@ -163,29 +163,29 @@ def test_prompts_go_through_the_template_without_a_second_bos():
 def test_prompts_without_a_template_are_plain():
     tokenizer = byte_tokenizer(template=None)
     chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
-    problems = loading.from_records([{"messages": chat, "answer": 1}], "p")
-    assert tokenizer.decode(loading.render_prompts(tokenizer, problems)[0]) == "a\n\nb\n\n"
+    problems = harness.from_records([{"messages": chat, "answer": 1}], "p")
+    assert tokenizer.decode(harness.render_prompts(tokenizer, problems)[0]) == "a\n\nb\n\n"
 
 
 @pytest.mark.parametrize("text", ["a<|end|>b", "<|assistant|>", "x <|user|>"])
 @pytest.mark.parametrize("template", [TEMPLATE, None])
 def test_control_tokens_inside_a_problem_are_refused(text, template):
     with pytest.raises(ValueError, match=r"^p:2: the text contains the control token '<\|"):
-        loading.render_prompts(byte_tokenizer(template), ask("fine", text))
+        harness.render_prompts(byte_tokenizer(template), ask("fine", text))
 
 
 def test_what_the_tokenizer_cannot_spell_is_refused():
     tokenizer = toy.build_tokenizer()
-    assert loading.render_prompts(tokenizer, ask("Where does it stop?"))
+    assert harness.render_prompts(tokenizer, ask("Where does it stop?"))
     with pytest.raises(ValueError, match="^p:1: the tokenizer has no tokens"):
-        loading.render_prompts(tokenizer, ask("Where is the elephant?"))
+        harness.render_prompts(tokenizer, ask("Where is the elephant?"))
     backend = Tokenizer(models.WordLevel({"stop": 0}))  # no unk: it raises
     with pytest.raises(ValueError, match="^p:1: cannot be rendered"):
-        loading.render_prompts(PreTrainedTokenizerFast(tokenizer_object=backend), ask("x"))
+        harness.render_prompts(PreTrainedTokenizerFast(tokenizer_object=backend), ask("x"))
     chat = [{"role": "tool", "content": "stop"}]
     with pytest.raises(ValueError, match="^p:1: the tokenizer has no tokens"):
-        problems = loading.from_records([{"messages": chat, "answer": 1}], "p")
-        loading.render_prompts(tokenizer, problems)
+        problems = harness.from_records([{"messages": chat, "answer": 1}], "p")
+        harness.render_prompts(tokenizer, problems)
 
 
 def test_templates_that_refuse_or_render_nothing_are_named():
@@ -194,26 +194,26 @@ def test_templates_that_refuse_or_render_nothing_are_named():
         ("{% if false %}x{% endif %}", "p:1: the prompt renders to no tokens"),
     ):
         with pytest.raises(ValueError, match=message):
-            loading.render_prompts(byte_tokenizer(template), ask("hi"))
+            harness.render_prompts(byte_tokenizer(template), ask("hi"))
 
 
 def test_toy_prompts_are_those_of_the_toy_world():
     tokenizer, problems = toy.build_tokenizer(), toy.problems(5, split="test")
-    rendered = loading.render_prompts(tokenizer, loading.from_records(problems, "toy"))
+    rendered = harness.render_prompts(tokenizer, harness.from_records(problems, "toy"))
     assert rendered == [toy.prompt_ids(tokenizer, p) for p in problems]
 
 
 def test_check_fit_names_the_problem_that_is_too_long():
     model, problems = tiny_model(byte_tokenizer(), context=40), ask("x", "y" * 20)
-    prompts = loading.render_prompts(byte_tokenizer(), problems)
-    loading.check_fit(model.config, problems, prompts, 40 - len(prompts[1]))
+    prompts = harness.render_prompts(byte_tokenizer(), problems)
+    harness.check_fit(model.config, problems, prompts, 40 - len(prompts[1]))
     with pytest.raises(
         ValueError,
         match=r"p:2: prompt of 23 tokens \+ 18 new.* context of 40",
     ):
-        loading.check_fit(model.config, problems, prompts, 18)
+        harness.check_fit(model.config, problems, prompts, 18)
     with pytest.raises(ValueError, match="p:1: token id 9999"):
-        loading.check_fit(model.config, problems, [[9999], [1]], 1)
+        harness.check_fit(model.config, problems, [[9999], [1]], 1)
 
 
 def test_stop_ids_are_the_union_over_every_source():
@@ -221,27 +221,27 @@ def test_stop_ids_are_the_union_over_every_source():
     model = tiny_model(tokenizer)
     model.generation_config.eos_token_id = [3, tokenizer.eos_token_id]
     model.config.eos_token_id = 5
-    assert loading.stop_ids(model, tokenizer) == [3, 5, tokenizer.eos_token_id]
-    assert loading.stop_ids(model.config) == [5]
-    assert loading.stop_ids(GPT2Config(eos_token_id=0)) == [0]
+    assert harness.stop_ids(model, tokenizer) == [3, 5, tokenizer.eos_token_id]
+    assert harness.stop_ids(model.config) == [5]
+    assert harness.stop_ids(GPT2Config(eos_token_id=0)) == [0]
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no stop token"):
-        loading.stop_ids(tokenizer)
+        harness.stop_ids(tokenizer)
     with pytest.raises(ValueError, match="neither"):
-        loading.pad_id(tokenizer)
+        harness.pad_id(tokenizer)
 
 
 def test_pad_id_falls_back_to_eos():
     tokenizer = byte_tokenizer()
-    assert loading.pad_id(tokenizer) == tokenizer.eos_token_id
-    assert loading.pad_id(toy.build_tokenizer()) == toy.build_tokenizer().pad_token_id
+    assert harness.pad_id(tokenizer) == tokenizer.eos_token_id
+    assert harness.pad_id(toy.build_tokenizer()) == toy.build_tokenizer().pad_token_id
 
 
 # --------------------------------------------------------------------------------------- models
 
 
 def load(path):
-    return loading.load_model(path, dtype=torch.float32, device="cpu")
+    return harness.load_model(path, dtype=torch.float32, device="cpu")
 
 
 def test_load_model_sets_dropout_to_zero_and_eval_mode(folder, tmp_path):
@@ -255,11 +255,11 @@ def test_load_model_sets_dropout_to_zero_and_eval_mode(folder, tmp_path):
 
 
 def test_models_that_are_not_there_are_one_line(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "_online", lambda: False)
+    monkeypatch.setattr(harness.models, "_online", lambda: False)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     for path in ("/nowhere/at/all", tmp_path / "empty", tmp_path / "file", "no-such/model", ""):
-        for loader in (load, loading.load_tokenizer):
+        for loader in (load, harness.load_tokenizer):
             with pytest.raises(ValueError) as caught:
                 loader(path)
             assert str(path) in str(caught.value) and "\n" not in str(caught.value)
@@ -295,7 +295,7 @@ def test_pickled_weights_are_read_when_told_and_only_there(folder, tmp_path):
 
     def first(path):
         options = {"dtype": torch.float32, "device": "cpu", "allow_bin": True}
-        return next(loading.load_model(path, **options).parameters())
+        return next(harness.load_model(path, **options).parameters())
 
     assert torch.equal(first(tmp_path / "m"), next(model.parameters()))
     (tmp_path / "m" / "model.safetensors").unlink()

@@ -18,8 +18,8 @@ from conftest import tiny_model, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grading
+import harness
 import lgr
-import loading
 import metrics
 import preparing
 import rollout
@@ -723,9 +723,9 @@ def test_vocabularies_that_share_their_beginning_are_cut(folders):
     model = AutoTokenizer.from_pretrained(folders / "model")
     more = AutoTokenizer.from_pretrained(folders / "model")
     more.add_tokens(["<think>", "</think>"])
-    assert loading.common_vocabulary(model, more) == loading.common_vocabulary(more, model) == 259
+    assert harness.common_vocabulary(model, more) == harness.common_vocabulary(more, model) == 259
     with pytest.raises(ValueError, match="256 of 259 ids differ, the first is 3"):
-        loading.common_vocabulary(model, AutoTokenizer.from_pretrained(folders / "other"))
+        harness.common_vocabulary(model, AutoTokenizer.from_pretrained(folders / "other"))
 
 
 def test_a_prompt_with_a_token_of_one_tokenizer_only_is_refused(folders, tmp_path):
@@ -776,12 +776,12 @@ def test_config_without_git(monkeypatch):
 
 def test_a_head_that_is_no_plain_matrix_is_refused():
     model = tiny_model("qwen3")
-    loading.check_head("--student", model, [1, 2, 3])
+    harness.check_head("--student", model, [1, 2, 3])
     head = model.lm_head
     model.lm_head = torch.nn.Sequential(head, torch.nn.Tanh())
     model.get_output_embeddings = lambda: head
     with pytest.raises(ValueError, match="--student Qwen3ForCausalLM: its logits"):
-        loading.check_head("--student", model, [1, 2, 3])
+        harness.check_head("--student", model, [1, 2, 3])
 
 
 def test_repeated_ngrams_equal_a_set_of_tuples():

@@ -1,0 +1,86 @@
+"""Command lines and names of files, checked on their way in.
+
+Whatever is wrong is an exit with code 2, or a ValueError, of one line that names the flag or value.
+"""
+
+import argparse
+import contextlib
+import errno
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+BIG, TINY = 1e18, 1e-30  # "finite" and "positive"
+MANY = 10**6  # prompts or samples: more would run out of memory or time before anything happens
+MOST_THREADS = 1024  # beyond what the system grants, PyTorch aborts the process
+
+
+def number(kind: type, low: float, high: float = BIG):
+    """An argparse type: an int or float in [low, high]; nan and inf are in none."""
+    what = "whole number" if kind is int else "number"
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:  # also of a whole number of thousands of digits
+            raise argparse.ArgumentTypeError(f"invalid {what} value: {text!r:.60}") from None
+        if not low <= value <= high:
+            bounds = "positive" if low == TINY else f"at least {low}"
+            if value > high:
+                bounds = f"at most {high:g}" if high == BIG else f"at most {high}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text:.60}")
+        return value
+
+    convert.limits = kind, low, high
+    return convert
+
+
+def path_name(text: str) -> str:
+    """An argparse type: the name of a file, folder or model, of which no part can be misread."""
+    if not text or re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", text):
+        what = "holds a control character or is not UTF-8" if text else "is empty"
+        raise argparse.ArgumentTypeError(f"the name {text!r:.60} {what}")
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, printed once however many processes run."""
+
+    def error(self, message: str):
+        """Print the message on rank 0 and leave with exit code 2."""
+        if os.environ.get("RANK", "0") == "0":
+            complain(self.prog, message)
+        sys.exit(2)
+
+
+def complain(program: str, message) -> None:
+    """One line on stderr, whatever the message holds: nothing in it can steer a terminal."""
+    line = " ".join(str(message).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"{program}: error: {line}", file=sys.stderr, flush=True)
+
+
+def check_creatable(flag: str, path) -> None:
+    """ValueError unless something could be created at `path`, which need not have a parent yet, or
+    in the folder that is there; leaves no trace."""
+    path = Path(path)
+    try:
+        if any(len(os.fsencode(part)) > 255 for part in path.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(path)  # the whole of the name may be too long
+        parents = path.absolute().parents
+        folder = next(folder for folder in (path, *parents) if os.path.lexists(folder))
+        os.rmdir(tempfile.mkdtemp(dir=folder))
+    except (OSError, ValueError) as error:  # NUL is a ValueError
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{flag} {str(path):.200} cannot be written: {why}") from None
+
+
+def first_line(error):
+    """First line of a message, for errors that come as a wall of text, and the next one where it
+    ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__

@@ -1,0 +1,138 @@
+"""Models and tokenizers, checked on their way in.
+
+Weights are read from safetensors only and no code that comes with a model is run, unless told.
+Whatever is wrong is a ValueError of one line that names the model or flag.
+"""
+
+import os
+import socket
+import urllib.parse
+import urllib.request
+
+import huggingface_hub
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from harness.cli import first_line
+
+
+def load_tokenizer(path, *, trust_remote_code=False):
+    """The tokenizer of a local folder or hub name; a one-line ValueError naming it otherwise."""
+    tokenizer = _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # what the library makes of a folder without tokenizer files
+        raise ValueError(f"{path}: cannot load Tokenizer: it has no tokens but special ones")
+    for option in ("is_local", "local_files_only"):  # of this machine: not to be saved with it
+        tokenizer.init_kwargs.pop(option, None)
+    return tokenizer
+
+
+def load_config(path, *, trust_remote_code=False):
+    """The model's config with every dropout at 0: what is sampled must be what is trained."""
+    config = _from_pretrained(AutoConfig, path, trust_remote_code=trust_remote_code)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{path}: {config.model_type} is an encoder-decoder, not a causal LM")
+    if not getattr(config.get_text_config(decoder=True), "vocab_size", 0) > 0:
+        raise ValueError(f"{path}: {config.model_type} has no vocabulary: not a language model")
+    for part in [config, *(getattr(config, name, None) for name in config.sub_configs)]:
+        for name, value in list(vars(part).items() if part is not None else ()):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number and ("dropout" in name or "layerdrop" in name or name.endswith("pdrop")):
+                setattr(part, name, type(value)(0))
+    return config
+
+
+def load_model(path, *, dtype, device, trust_remote_code=False, allow_bin=False):
+    """A causal LM of a local folder or hub name, from safetensors, without dropout, in eval mode.
+
+    allow_bin: where there are none, read pickled `.bin` weights (by PyTorch's restricted reader).
+    ValueError, one line that begins with `path`: nothing there, not loadable, offline, or weights
+    missing or of another shape (which would otherwise be drawn at random).
+    """
+    options = {"trust_remote_code": trust_remote_code}
+    options |= {"config": load_config(path, **options), "dtype": dtype}
+    options |= {"use_safetensors": None if allow_bin else True, "output_loading_info": True}
+    options |= {"ignore_mismatched_sizes": True}  # to name them here
+    try:
+        model, info = _from_pretrained(AutoModelForCausalLM, path, **options)
+    except ValueError as error:
+        if "model.safetensors" in str(error) and not allow_bin:
+            raise ValueError(f"{error}; --allow-bin reads pickled weights, too") from None
+        raise
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}")
+    if wrong := sorted(map(str, info["mismatched_keys"])):
+        what = f"{len(wrong)} weights have another shape"
+        raise ValueError(f"{path}: {what} than the config says, the first is {wrong[0]}")
+    return model.to(device).eval()
+
+
+def _from_pretrained(loader, path, **options):
+    name, folder, hint = str(path), os.path.expanduser(path), ""
+    if not os.path.isdir(folder):
+        if os.path.exists(folder) or name.count("/") > 1 or name[:1] in ("/", ".", "~", ""):
+            raise ValueError(f"{name!r:.200}: no such folder")
+        # without this an offline machine retries for a minute, on stderr, before it gives up
+        options["local_files_only"] = not _online()
+        hint = "no such local folder; on the hub: "
+        if options["local_files_only"]:
+            hint = "no such local folder, not in the cache, and this machine is offline: "
+    try:
+        return loader.from_pretrained(name if hint else folder, **options)
+    except Exception as error:
+        what = loader.__name__.removeprefix("Auto")
+        raise ValueError(f"{name}: cannot load {what}: {hint}{first_line(error)}") from error
+
+
+def _online():
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    url = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+    if urllib.request.getproxies():  # a proxy may reach what we cannot: let the hub client try
+        return True
+    try:
+        socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
+        return True
+    except OSError:
+        return False
+
+
+# ----------------------------------------------------------------------- a student and a teacher
+def common_vocabulary(student_tokenizer, teacher_tokenizer) -> int:
+    """Number of leading ids that mean the same token to both.
+
+    Raises:
+        ValueError: an id below the shorter tokenizer's length stands for different tokens.
+    """
+    names = [
+        {i: token for token, i in tokenizer.get_vocab().items()}
+        for tokenizer in (student_tokenizer, teacher_tokenizer)
+    ]
+    size = min(max(by_id) + 1 for by_id in names)
+    wrong = [i for i in range(size) if names[0].get(i) != names[1].get(i)]
+    if wrong:
+        i = wrong[0]
+        raise ValueError(
+            f"--teacher has another tokenizer than --student: {len(wrong)} of {size} ids differ, "
+            f"the first is {i}, student's {names[0].get(i)!r}, teacher's {names[1].get(i)!r}"
+        )
+    return size
+
+
+@torch.no_grad()
+def check_head(flag: str, model, prompt: list[int]) -> None:
+    """The chunked head computes hidden @ weight.T; refuse a model whose head does more."""
+    ids_BT = torch.tensor([prompt], device=model.device)
+    head = model.get_output_embeddings()
+    try:
+        ours = model.base_model(input_ids=ids_BT, use_cache=False)[0] @ head.weight.T
+        theirs = model(input_ids=ids_BT, use_cache=False).logits
+    except RuntimeError as error:  # sizes in the config that do not fit together
+        raise ValueError(f"{flag} {type(model).__name__}: {first_line(error)}") from error
+    if not theirs.isfinite().all():
+        raise ValueError(f"{flag} {type(model).__name__}: its logits are not finite")
+    if (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
+        raise ValueError(
+            f"{flag} {type(model).__name__}: its logits are not hidden states times a matrix (a "
+            "bias, a soft cap or a scale); not supported"
+        )

@@ -1,0 +1,432 @@
+"""Properties of the public names of harness."""
+
+import argparse
+import contextlib
+import copy
+import functools
+import io
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import VOCABULARY, write_model
+from hypothesis import assume
+from hypothesis import strategies as st
+from properties import (
+    ROOT,
+    TOYS,
+    Letters,
+    families,
+    numbers,
+    parsed,
+    prop,
+    spelling,
+    strict,
+    texts,
+    tiny,
+    toy_tokenizer,
+)
+
+import evaluate
+import flags
+import harness
+import preparing
+import teachability
+import toy
+
+
+# ---------------------------------------------------------------------------------------- loading
+@prop("harness.number", examples=150, kind=st.sampled_from([int, float]), low=numbers, high=numbers,
+      text=st.text(max_size=6) | numbers.map(str) | st.integers().map(str)
+      | st.sampled_from(["nan", "inf", "-inf", "1e999", "1e-999", "١", "1_0", " 3 ", "0x1"]))
+def test_a_number_lies_within_its_limits_or_is_refused(kind, low, high, text):
+    try:
+        value = harness.number(kind, low, high)(text)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        assert "\n" not in str(error) or "\n" in text or isinstance(error, ValueError)
+        return
+    assert type(value) is kind and low <= value <= high and value == kind(text)
+
+
+@prop("harness.Parser", "flags.parse", "flags.make_parser", "flags.check_combination", examples=150,
+      argv=st.lists(st.sampled_from(sorted(f for rows in flags.FLAGS.values() for f, *_ in rows))
+                    | st.sampled_from(["0", "1", "-1", "2", "0.5", "nan", "1e99", "opd", "topk",
+                                       "x", "", "std", "on", "own", "release", "\0", "--"])
+                    | st.text(max_size=3), max_size=5))
+def test_any_command_line_is_parsed_or_refused_in_one_line(argv):
+    """Parsed: every number finite, every choice one of those offered, no default left open."""
+    assume(not any(a.startswith(("-h", "--h")) for a in argv))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            _, args = flags.parse(["--device", "cpu", *argv])
+    except SystemExit as error:
+        assert error.code == 2 and said.getvalue().count("\n") == 1
+        assert said.getvalue().startswith("train.py: error: ")
+        return
+    values = vars(args)
+    assert all(math.isfinite(v) for v in values.values() if isinstance(v, (int, float)))
+    for flag, default, _, how in sum(flags.FLAGS.values(), []):
+        value = values[flag[2:].replace("-", "_")]
+        assert value in how.get("choices", [value]) and (value is not None or default is None)
+
+
+@prop("harness.path_name", "harness.complain", "harness.check_creatable", examples=100,
+      text=st.text() | st.sampled_from(["", "\0", "a" * 300, "x/" * 3000, "a\nb", "\x1b[2J", "ok"]))
+def test_any_name_is_a_place_or_refused_and_any_complaint_is_one_line(text):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            name = harness.path_name(text)
+        except argparse.ArgumentTypeError:
+            assert not text or not text.isprintable() or not text.isascii()
+        else:
+            assert name == text
+        try:
+            harness.check_creatable("--out", Path(folder) / Path("./" + text))
+        except ValueError as error:
+            assert str(error).startswith("--out ")
+        assert os.listdir(folder) == []
+        harness.complain("train.py", text)
+    line = said.getvalue()
+    assert line.startswith("train.py: error: ") and line[:-1].isprintable() and line[-1] == "\n"
+
+
+@prop("evaluate.make_parser", "toy.make_parser", examples=100,
+      argv=st.lists(st.sampled_from(["--out", "--world", "--seed", "--threads", "--toy", "--steps",
+                                     "--samples", "--temperature", "--horizon", "--dtype"])
+                    | st.sampled_from(["0", "1", "-1", "nan", "1e99", "fork", "x", "", "\0"])
+                    | st.text(max_size=3), max_size=4))
+def test_the_other_commands_parse_or_refuse_in_one_line(argv):
+    assume(not any(a.startswith(("-h", "--h")) for a in argv))
+    for module in (evaluate, toy):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                values = vars(module.make_parser().parse_args(argv))
+            except SystemExit as error:
+                assert error.code == 2 and said.getvalue().count("\n") == 1
+                assert said.getvalue().startswith(f"{module.__name__}.py: error: ")
+            else:
+                assert all(math.isfinite(v) for v in values.values() if isinstance(v, float))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["", " ", "\ud800", "user", "assistant", 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["role", "content", "problem", "answer"]), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+records = st.dictionaries(
+    st.sampled_from(["problem", "prompt", "messages", "answer", "level"]), json_values, max_size=3
+) | st.fixed_dictionaries({"problem": st.text(min_size=1, max_size=9), "answer": json_values}) | (
+    st.fixed_dictionaries({"messages": st.lists(st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "system", "assistant", "User", ""]),
+         "content": json_values | st.text(min_size=1)}), max_size=3), "answer": st.just("1")})
+)  # fmt: skip
+
+
+def check_problems(problems, where):
+    for problem in problems:
+        assert set(problem) == {"messages", "answer", "where"}
+        assert problem["where"].startswith(where) and problem["messages"]
+        assert problem["messages"][-1]["role"] != "assistant"
+        texts = [m["content"] for m in problem["messages"]]
+        assert all(text.strip() and text.encode() for text in texts)
+        assert problem["answer"] is None or problem["answer"].encode()
+
+
+@prop("harness.load_problems", "harness.from_records", examples=150, needed=st.booleans(),
+      lines=st.lists(records | json_values | st.binary(max_size=12), max_size=4))
+def test_any_file_is_problems_or_one_line_that_names_it(needed, lines):
+    raw = [x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "p.jsonl")
+        path.write_bytes(b"\n".join(raw))
+        try:
+            problems = harness.load_problems(path, require_answer=needed)
+            assert len(problems) == sum(bool(line.strip()) for line in b"\n".join(raw).split(b"\n"))
+            check_problems(problems, f"{path}:")
+        except ValueError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+    given = [x for x in lines if not isinstance(x, bytes)]
+    before = repr(given)
+    try:
+        check_problems(harness.from_records(given, "here", require_answer=needed), "here:")
+    except ValueError as error:
+        assert str(error).startswith("here")
+    assert repr(given) == before
+
+
+
+
+@prop("harness.render_prompts", "harness.check_fit", examples=100, template=st.booleans(),
+      contents=st.lists(st.text(min_size=1, max_size=9) | st.sampled_from(
+          ["a<|end|>", "<|user|>", "<think>", "<|end"]), min_size=1, max_size=3),
+      limit=st.integers(0, 300))
+def test_prompts_spell_the_text_or_are_refused(template, contents, limit):
+    """Decoded, the prompt is the rendered text; control tokens in a text are refused, and so is a
+    prompt that leaves no room."""
+    tokenizer, config = spelling(template)
+    problem = {"messages": [{"role": "user", "content": c} for c in contents], "where": "f:1"}
+    before = repr(problem)
+    controlled = any(t in c for c in contents for t in ("<|end|>", "<|user|>"))
+    try:
+        (ids,) = harness.render_prompts(tokenizer, [problem])
+    except ValueError as error:
+        assert controlled and str(error).startswith("f:1: the text contains the control token")
+        return
+    assert not controlled and repr(problem) == before
+    joined = "".join(f"<|user|>{c}<|end|>" for c in contents) + "<|assistant|>"
+    text = joined if template else "\n\n".join(contents) + "\n\n"
+    assert tokenizer.decode(ids) == text
+    try:
+        harness.check_fit(config, [problem], [ids], limit)
+        assert len(ids) + limit <= config.max_position_embeddings and max(ids) < config.vocab_size
+    except ValueError as error:
+        assert len(ids) + limit > config.max_position_embeddings and "f:1" in str(error)
+
+
+ids_of_stop = st.none() | st.integers(0, 9) | st.lists(st.integers(0, 9), max_size=3)
+
+
+@prop("harness.stop_ids", "harness.pad_id", examples=80, given=st.lists(
+      st.tuples(ids_of_stop, ids_of_stop, ids_of_stop), max_size=3))
+def test_stop_ids_are_the_sorted_union(given):
+    def has(ids):
+        return SimpleNamespace(eos_token_id=ids)
+
+    sources = [SimpleNamespace(eos_token_id=a, config=has(b), generation_config=has(c))
+               for a, b, c in given]  # fmt: skip
+    parts = [x for three in given for x in three if x is not None]
+    union = sorted({i for x in parts for i in (x if isinstance(x, list) else [x])})
+    if union:
+        assert harness.stop_ids(*sources) == union
+    else:
+        with pytest.raises(ValueError, match="no stop token"):
+            harness.stop_ids(*sources)
+    for eos, pad, _ in given:
+        tokenizer = SimpleNamespace(eos_token_id=eos, pad_token_id=pad)
+        if eos is None and pad is None:
+            with pytest.raises(ValueError, match="neither a pad nor"):
+                harness.pad_id(tokenizer)
+        else:
+            assert harness.pad_id(tokenizer) == (eos if pad is None else pad)
+
+
+@prop("harness.common_vocabulary", examples=80, sizes=st.tuples(st.integers(1, 9),
+      st.integers(1, 9)), wrong=st.sets(st.integers(0, 8), max_size=2))
+def test_the_common_vocabulary_is_the_longest_common_beginning(sizes, wrong):
+    names = [[f"t{i}" for i in range(size)] for size in sizes]
+    names[1] = [f"u{i}" if i in wrong else t for i, t in enumerate(names[1])]
+    tokenizers = [SimpleNamespace(get_vocab=lambda n=n: {t: i for i, t in enumerate(n)})
+                  for n in names]  # fmt: skip
+    if any(i < min(sizes) for i in wrong):
+        with pytest.raises(ValueError, match="another tokenizer"):
+            harness.common_vocabulary(*tokenizers)
+    else:
+        assert harness.common_vocabulary(*tokenizers) == min(sizes)
+
+
+@prop("harness.first_line", examples=60, text=texts)
+def test_the_first_line_is_one(text):
+    line = harness.first_line(ValueError(text))
+    assert line and len(line.splitlines()) == 1
+    assert line in text or not text.strip() and line == "ValueError"
+
+
+@prop("harness.load_tokenizer", "harness.load_config", "harness.load_model", examples=40,
+      path=st.text(max_size=8) | st.sampled_from(
+          ["\0", "a/b", "a//b", "/", "~", "..", "/dev/null", "a\nb", str(ROOT / "tests")]),
+      loader=st.sampled_from(["tokenizer", "config", "model"]))
+def test_a_model_that_is_not_there_is_named(path, loader):
+    load = getattr(harness, f"load_{loader}")
+    more = {"dtype": torch.float32, "device": "cpu"} if loader == "model" else {}
+    online, harness.models._online = harness.models._online, lambda: False
+    try:
+        with pytest.raises(ValueError) as caught:
+            load(path, **more)
+    finally:
+        harness.models._online = online
+    assert str(Path(path)) in str(caught.value) or repr(path) in str(caught.value) or (
+        path in str(caught.value))  # fmt: skip
+
+
+@prop("harness.check_head", examples=15, family=families, seed=st.integers(0, 3), bias=numbers,
+      prompt=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=5))
+def test_a_head_is_a_matrix_or_refused(family, seed, bias, prompt):
+    model = copy.deepcopy(tiny(family, seed))
+    harness.check_head("--student", model, prompt)
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, out: out * (1.5 + abs(bias)))
+    with pytest.raises(ValueError, match="--student .* not supported"):
+        harness.check_head("--student", model, prompt)
+
+# --------------------------------------------- what diagnose.py shares with the other commands
+@prop("preparing.check_prompts", examples=120, vocab=st.integers(1, 9), limit=st.integers(1, 9),
+      prompts=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), max_size=4),
+      contexts=st.lists(st.integers(4, 18), max_size=2))
+def test_prompts_fit_all_models_or_the_first_that_does_not_is_named(
+    vocab, limit, prompts, contexts
+):
+    configs = {}
+    for number, context in enumerate(contexts):
+        configs[number] = copy.deepcopy(spelling(True)[1])
+        configs[number].max_position_embeddings = context
+    problems = [{"where": f"f:{i}"} for i in range(len(prompts))]
+    arguments = {"tokenizer": Letters(), "configs": configs, "vocab_size": vocab,
+                 "problems": problems, "prompts": prompts, "max_new_tokens": limit}  # fmt: skip
+    strange = [i for i, prompt in enumerate(prompts) if max(prompt) >= vocab]
+    long = [i for context in contexts for i, prompt in enumerate(prompts)
+            if len(prompt) + limit > context]  # fmt: skip
+    before = repr(arguments)
+    if not strange and not long:
+        assert preparing.check_prompts(**arguments) is None
+    else:
+        first = (strange or long)[0]
+        with pytest.raises(ValueError, match=f"^f:{first}: ") as error:
+            preparing.check_prompts(**arguments)
+        assert ("--student and --teacher share" in str(error.value)) == bool(strange)
+    assert repr(arguments) == before
+
+
+@functools.cache
+def foreign():
+    """A model folder of another tokenizer; it goes when Python does."""
+    folder = tempfile.TemporaryDirectory()
+    write_model(folder.name)
+    return folder
+
+
+models = st.none() | st.sampled_from([*TOYS.values(), "not/there", "foreign"])
+
+
+@prop("preparing.open_pair", examples=25, student=models, teacher=models,
+      world=st.sampled_from(toy.SHIPPED))
+def test_a_pair_shares_a_vocabulary_or_is_refused(student, teacher, world):
+    given = [foreign().name if x == "foreign" else x for x in (student, teacher)]
+    args = SimpleNamespace(student=given[0], teacher=given[1], toy=world, trust_remote_code=False)
+    before, bad = repr(args), {"not/there"} & {student, teacher}
+    if bad or (student == "foreign") != (teacher == "foreign"):
+        with pytest.raises(ValueError, match="not/there" if bad else "^--teacher has another"):
+            preparing.open_pair(args)
+        return
+    tokenizers, configs, vocab_size = preparing.open_pair(args)
+    assert repr(args) == before
+    assert list(tokenizers) == list(configs) == ["--student", "--teacher"]
+    assert vocab_size <= min(config.vocab_size for config in configs.values())
+    names = [t.convert_ids_to_tokens(list(range(vocab_size))) for t in tokenizers.values()]
+    assert names[0] == names[1]
+
+
+@prop("preparing.open_splitter", "preparing.surroundings", examples=12, git=st.booleans(),
+      kind=st.sampled_from(["auto", "pretrained", "untrained", "other"]))
+def test_a_machine_without_git_or_data_is_described_and_refused_what_it_lacks(git, kind):
+    args = SimpleNamespace(splitter=kind, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teachability, "_pretrained_punkt", lambda: None)
+        patch.setattr(teachability, "_download_punkt", lambda: None)
+        if kind in ("auto", "untrained"):
+            found, name = preparing.open_splitter(args)
+            assert name == "untrained-punkt"
+            assert list(found.span_tokenize("It is. So")) == [(0, 6), (7, 9)]
+        else:
+            with pytest.raises(ValueError, match="^--splitter p" if kind != "other" else "kind"):
+                preparing.open_splitter(args)
+        if not git:
+            patch.setenv("PATH", "")
+        facts = strict(preparing.surroundings(args))
+    assert list(facts) == ["commit", "device", "threads", "versions", "started"]
+    assert facts["device"] and facts["threads"] == torch.get_num_threads()
+    assert git or facts["commit"] is None
+
+
+@st.composite
+def flag_rows(draw):
+    """Rows as FLAGS has them."""
+    numbers = st.tuples(st.just({}) | st.just({"low": 1}) | st.just({"low": 2, "high": 9}))
+    rows = []
+    for k in range(draw(st.integers(1, 4))):
+        default, options = draw(st.one_of(
+            st.tuples(st.just(False), st.just({})),
+            st.tuples(st.integers(2, 9) | st.tuples(st.integers(2, 9), st.integers(2, 9)),
+                      numbers.map(lambda x: x[0])),
+            st.tuples(st.sampled_from([2.5, 9.0, (2.5, 3.5)]), numbers.map(lambda x: x[0])),
+            st.tuples(st.sampled_from([None, "b", ("a", "b")]), st.just({"choices": ["a", "b"]})),
+            st.tuples(st.sampled_from([None, "folder"]), st.just({"metavar": "FOLDER"})),
+        ))  # fmt: skip
+        rows.append((f"--flag-{k}", default, "text", options))
+    return rows
+
+
+@prop("flags.add_flags", examples=120, rows=flag_rows())
+def test_added_flags_have_their_defaults_and_limits(rows):
+    before, parser = repr(rows), harness.Parser(prog="x.py", allow_abbrev=False)
+    flags.add_flags(parser, rows)
+    assert repr(rows) == before and all(flag in parser.format_help() for flag, *_ in rows)
+    nothing = vars(parser.parse_args([]))
+    for flag, default, _, options in rows:
+        name = flag[2:].replace("-", "_")
+        both = isinstance(default, tuple)
+        assert nothing[name] == (None if both else default)
+        real = default[1] if both else default
+        low, high = options.get("low", 0), options.get("high", harness.BIG)
+        if real is False:
+            good, bad = [[]], [["x"]]
+        elif isinstance(real, int | float):
+            good = [[str(real)], [str(low)], [str(type(real)(high))]]
+            bad = [[str(low - 1)], [f"{high * 2:.0f}"], ["nan"], ["x"], []]
+        elif "choices" in options:
+            good, bad = [["a"], ["b"]], [["c"], [""], []]
+        else:
+            good, bad = [["x y"]], [["\0"], [""], []]
+        for words in good:
+            value = vars(parser.parse_args([flag, *words]))[name]
+            assert type(value) is (type(real) if real is not None else str)
+            assert not words or value == type(value)(words[0])
+        for words in bad:
+            assert parsed(lambda argv: parser.parse_args(argv[2:]), "x.py", [flag, *words]) is None
+
+
+@prop("flags.fill_in", examples=60, data=st.data(), world=st.sampled_from(toy.SHIPPED),
+      student=st.sampled_from([None, "mine"]), problems=st.sampled_from([None, "p.jsonl"]))
+def test_what_is_filled_in_depends_on_the_student_and_overrides_nothing(
+    data, world, student, problems
+):
+    parser, rows = flags.make_parser(), sum(flags.FLAGS.values(), [])
+    both = {flag[2:].replace("-", "_"): x for flag, x, *_ in rows if isinstance(x, tuple)}
+    given = {name: x[1] for name, x in both.items() if data.draw(st.booleans())}
+    given |= data.draw(st.sampled_from([{}, {"difficulty": 2}, {"max_new_tokens": 5}]))
+    absent = data.draw(st.sampled_from([None, *both]))  # as of a command with fewer flags
+    args = parser.parse_args(["--device", "cpu", "--toy", world])
+    vars(args).update(given | {"student": student, "problems": problems})
+    vars(args).pop(absent, None)
+    before = dict(vars(args))
+    assert flags.fill_in(parser, args) is None
+    after = vars(args)
+    assert set(after) == set(before)
+    assert all(v == after[name] for name, v in before.items() if v is not None)
+    for name in set(both) - {absent}:
+        assert after[name] == given.get(name, both[name][student is not None])
+    assert after["difficulty"] and after["max_new_tokens"] and after["dtype"] == "float32"
+
+
+@prop("evaluate.check_answer", examples=100, ids=st.lists(st.integers(0, VOCABULARY - 1),
+      min_size=1, max_size=9), answer=st.sampled_from([None, "3", "4", ""]),
+      stops=st.lists(st.integers(0, VOCABULARY - 1), max_size=3), toys=st.booleans())
+def test_any_response_is_checked(ids, answer, stops, toys):
+    tokenizer = toy_tokenizer() if toys else Letters()
+    before, problem = repr((ids, stops)), {"answer": answer}
+    record = strict(evaluate.check_answer(tokenizer, ids, problem, stops))
+    assert repr((ids, stops)) == before and problem == {"answer": answer}
+    assert list(record) == ["text", "answer", "correct", "truncated", "tokens"]
+    assert record["text"] == tokenizer.decode(ids, skip_special_tokens=True)
+    assert record["answer"] == evaluate.extract_answer(record["text"])
+    assert record["tokens"] == len(ids) and record["truncated"] == (ids[-1] not in stops)
+    assert type(record["correct"]) is bool
+    assert record["correct"] == (answer is not None
+                                 and evaluate.is_correct(record["answer"], answer))  # fmt: skip
