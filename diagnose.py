@@ -84,7 +84,7 @@ def make_parser() -> harness.Parser:
     known = {row[0]: row for row in sum(flags.FLAGS.values(), [])}
     flags.add_flags(parser, OWN + [known[flag] for flag in SHARED])
     parser.add_argument(
-        "--compare", nargs="+", default=[], type=path_name, metavar="MODEL",
+        "--compare", nargs="+", default=[], type=harness.path_name, metavar="MODEL",
         help="other students, such as trained ones, on the same problems",
     )  # fmt: skip
     return parser
