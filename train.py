@@ -1,749 +1,339 @@
-"""On-policy distillation in one plain loop: `torchrun train.py --method release`.
+"""On-policy distillation in one loop: `torchrun train.py --method release`.
 
-A teacher grades, token by token, what the student itself wrote.  The step, in six phases:
+A teacher grades, token by token, what the student itself wrote. A step has six phases:
 
-  1 sample     the student writes a response to each prompt                        rollout.py
-  2 score      one teacher pass, the trunk: log-prob of every sampled token and    grading.py
-               of the student's top-K candidates                                   logprobs.py
-  3 mask       which tokens to supervise: all (`opd`), or those before the         teachability.py
-               teacher's margin collapses (`release`, arXiv 2605.13643), or as     release_rule.py
-               many elsewhere (`prefix`, `shuffled`, `random`, `std`)              controls.py
-    look ahead where the student hesitates, the teacher's confidence one step      lgr.py
-               after each candidate, off the trunk's cache (`lgr`, 2605.30833)
-  4 weigh      advantage A_t = log p_T(y_t) - log p_S(y_t) + gamma r_t(y_t),
-               detached; weights from token counts over all processes
-  5 update     loss = -sum_t weight_t A_t log p_S(y_t), or a divergence of whole    logprobs.py
-               distributions (`rkl`, `fkl`, `jsd`), or over the top tokens of      lgr.py
-               both (`lgr_topk`): student forward and backward
-  6 log        one JSON line; now and then an evaluation                           evaluate.py
+  1 sample   the student writes a response to each prompt                            rollout.py
+  2 score    ONE teacher forward per row: log-prob of every sampled token and of     logprobs.py
+             the student's top-K candidates; with lookahead, leaves off its cache    lgr.py
+  3 mask     q_t, which tokens to supervise                                          masks.py
+  4 weigh    A_t = log p_T(y_t) - log p_S(y_t) + gamma r_t(y_t);  w_t = q_t / sum q
+  5 update   loss = -sum_t w_t A_t log p_S(y_t), and one optimizer step
+  6 log      one JSON line
 
-Around the steps: the command line and its presets (flags.py), models and prompts (preparing.py),
-what a step says in the log (metrics.py), exact resume and signals (checkpoint.py).
-
-In expectation over the student's samples the gradient of this loss is that of the reverse KL
-KL(p_S || p_T) of every position, given the sampled prefix, minus gamma times the expected reward
-(tests/test_train.py enumerates both).
-
-Randomness is stateless: step s of seed r always uses the same prompts and the same uniform numbers
-per (row, token), however many processes share the work, so `--nproc_per_node 2` repeats the run of
-one process up to floating-point noise.
+The expected gradient is that of KL(p_S || p_T) at every position, given the sampled prefix, minus
+gamma times the expected reward. Sums of tokens are over all processes, so that N of them repeat the
+run of one. harness/ is what is not about distillation; its docstring lists the names used here.
 
 Letters: B rows of this process, T tokens, K candidates, U tokens of a union of candidates.
 """
 
-import contextlib
-import dataclasses
 import math
-import os
-import random
-import sys
-import time
-import traceback
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import transformers
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-import checkpoint
-import controls
 import evaluate
-import flags
-import grading
 import harness
 import lgr
 import logprobs
-import metrics
-import preparing
+import masks
 import rollout
-import toy
-from preparing import Position, Run
+from harness import ANY, COUNT, POSITIVE, SHARE
+
+# --method: objective, mask, lookahead. Each has a flag that overrides it.
+METHODS = {
+    "opd": ("pg", "none", "off"),
+    "release": ("pg", "release", "off"),
+    "lgr": ("pg", "none", "on"),
+    "lgr_topk": ("topk", "none", "on"),
+    "release+lgr": ("pg", "release", "on"),
+    **{name: ("pg", name, "off") for name in masks.CONTROLS},
+    **{name: (name, "none", "off") for name in logprobs.DIVERGENCES},
+}
+# --preset: flags by name; what is not named keeps its default, which is LGR's authors' setting.
+PRESETS = {
+    "toy": {
+        "steps": 30, "prompts_per_step": 64, "lr": 1e-3, "warmup_steps": 5, "weight_decay": 0.01,
+        "beta2": 0.95, "advantage_clip": 10.0, "micro_batch": 64, "tokens_per_micro_batch": 16384,
+        "checkpoint_every": 10, "eval_every": 10, "save_dtype": "float32", "threads": 1,
+        "dtype": "float32",
+    },
+    "release-paper": {"method": "release", "prompts_per_step": 1024, "max_new_tokens": 16384},
+    "lgr-paper": {"method": "lgr", "max_new_tokens": 9216},
+    "lgr-script": {  # what the authors' released script runs: see docs/decisions.md
+        "method": "lgr_topk", "max_new_tokens": 9216, "lgr_normalize": "mean",
+        "loss_mean": "response", "lgr_alternate": 2,
+    },
+}  # fmt: skip
+# Title: flag, default, limits or choices, help with the unit. The machine's: harness/flags.py.
+FLAGS = {
+    "method": [
+        ("--method", "release", [*METHODS], "a row of METHODS"),
+        ("--objective", None, ["pg", "topk", *logprobs.DIVERGENCES], "overrides the method's"),
+        ("--mask", None, [*dict.fromkeys([*masks.MASKS, *masks.CONTROLS])], "likewise"),
+        ("--lookahead", None, ["on", "off"], "likewise"),
+    ],
+    "release rule": [
+        ("--margin-top-k", 4, (2, 10**6), "student candidates that the margin looks at"),
+        ("--margin", "logprob", ["logprob", "prob"], "difference of what"),
+        ("--margin-min-entropy", 0.0, ANY, "average tokens above this student entropy, nats"),
+        ("--min-segments", 2, COUNT, "sentences on either side of the change point"),
+        ("--bic-eps", 1e-12, POSITIVE, "floor of the residual sum of squares"),
+        ("--rescale", "batch", ["batch", "sequence", "none"], "scope of the loss mass kept"),
+        ("--loss-mean", "token", ["token", "response"], "of tokens, or of responses' means"),
+        ("--budget", "release", ["release", "own"], "a control keeps as many tokens as"),
+        ("--prefix-tokens", 0, ANY, "of mask prefix: so many of every response instead; 0: off"),
+    ],
+    "lookahead": [
+        ("--lgr-gamma", 1.0, ANY, "weight of the group reward"),
+        ("--lgr-tau", 0.2, ANY, "look ahead above this student entropy, nats"),
+        ("--lgr-top-k", 8, (2, 10**6), "student candidates in a group"),
+        ("--lgr-signal", "max_prob", [*lgr.SIGNALS], "the teacher's confidence"),
+        ("--lgr-normalize", "std", ["std", "mean"], "divide by the group's deviation, or centre"),
+        ("--lgr-eps", 1e-6, ANY, "added to that deviation"),
+        ("--lgr-alternate", 0, ANY, "so many steps without reward, then with nothing else; 0: off"),
+        ("--lgr-nodes", 4096, COUNT, "leaves per forward pass: bounds memory"),
+        ("--union-top-k", 20, COUNT, "of objective topk: tokens from each model"),
+        ("--jsd-beta", 0.5, SHARE, "of objective jsd: weight of KL(teacher || mixture)"),
+    ],
+    "update": [
+        ("--lr", 1e-5, POSITIVE, "AdamW, constant"),
+        ("--clip-grad", 1.0, ANY, "largest gradient norm; 0: off"),
+        ("--advantage-clip", 0.0, ANY, "largest |log p_T - log p_S| in A_t, nats; 0: off"),
+        ("--updates-per-rollout", 1, COUNT, "above 1: PPO's clipped ratio"),
+        ("--clip-low", 0.2, (0, 1), "ratio at least 1 - this"),
+        ("--clip-high", 0.28, ANY, "ratio at most 1 + this"),
+    ],
+}  # fmt: skip
 
 
-# --------------------------------------------------------------------- which rows, which numbers
-def my_share(count: int, rank: int, world: int) -> range:
-    """The rows of `count` that process `rank` works on: contiguous, sizes differing by at most 1.
-
-    >>> [list(my_share(5, rank, 2)) for rank in range(2)]
-    [[0, 1], [2, 3, 4]]
-    """
-    return range(count * rank // world, count * (rank + 1) // world)
+def spends_budget(args) -> bool:
+    """Whether a control places, elsewhere, as many tokens as the release rule would keep."""
+    return args.mask in masks.CONTROLS and not args.prefix_tokens and args.budget == "release"
 
 
-def row_generator(seed: int, stream: int, first_row: int, numbers_per_row: int) -> torch.Generator:
-    """A CPU generator that stands where one process, drawing all rows in order, would reach
-    `first_row`; so the samples of a row do not depend on how rows are shared out."""
-    generator = torch.Generator().manual_seed((seed << 24) + stream)
-    if first_row:
-        torch.rand(first_row * numbers_per_row, dtype=torch.float64, generator=generator)
-    return generator
+def needs(args) -> harness.Needs:
+    """What the harness checks before weights load. ValueError for flags that contradict."""
+    lookahead, topk = args.lookahead == "on", args.objective == "topk"
+    if topk and lookahead and args.lgr_top_k > args.union_top_k:
+        raise ValueError(f"--lgr-top-k {args.lgr_top_k} exceeds --union-top-k {args.union_top_k}")
+    if args.objective in logprobs.DIVERGENCES and lookahead:
+        raise ValueError(f"--objective {args.objective} has no place for the reward of --lookahead")
+    if args.prefix_tokens and args.mask != "prefix":
+        raise ValueError(f"--prefix-tokens {args.prefix_tokens} needs --mask prefix")
+    if args.budget == "own" and args.mask != "std":
+        raise ValueError(f"--budget own needs --mask std, not {args.mask}")
+    rules = ["release"] * spends_budget(args) + [args.mask] * (args.mask in masks.MASKS)
+    asked = {name for rule in rules for name in masks.parameters(rule, vars(args))}
+    used = {"margin_top_k": "candidate_logp_BTK" in asked, "lgr_top_k": lookahead,
+            "union_top_k": topk}  # fmt: skip
+    candidates = {name: getattr(args, name) for name, is_used in used.items() if is_used}
+    return harness.Needs(candidates, "segments" in asked, [lgr.self_check] * lookahead)
 
 
-def batch_order(count: int, first: int, length: int, seed: int) -> list[int]:
-    """Entries first..first+length-1 of an endless sequence of shuffled epochs of `count` problems.
+@dataclass
+class Scores:
+    """What the teacher made of a batch of `shape` [B, T], entry t about token t, 0 where it did not
+    look; None: nobody asked for it."""
 
-    >>> sorted(batch_order(3, 0, 3, seed=1)), sorted(batch_order(3, 3, 3, seed=1))
-    ([0, 1, 2], [0, 1, 2])
-    """
-    order = []
-    for epoch in range(first // count, (first + length - 1) // count + 1):
-        epoch_order = list(range(count))
-        random.Random(f"{seed} {epoch}").shuffle(epoch_order)
-        order += epoch_order
-    return order[first % count :][:length]
+    shape: tuple
+    logp_BT: torch.Tensor = None  # log p_T of the sampled token, nats
+    max_prob_BT: torch.Tensor = None  # the teacher's largest probability ("supervision fidelity")
+    keep_BT: torch.Tensor = None  # q_t
+    released_B: torch.Tensor = None  # the rule fired, with BIC0 - BIC1 = gain
+    gain_B: torch.Tensor = None
+    wanted_B: torch.Tensor = None  # tokens that it keeps; of a control: that its own rule keeps
+    trigger_BT: torch.Tensor = None  # lookahead happened
+    spread_BT: torch.Tensor = None  # standard deviation of the group's confidences
+    reward_BTK: torch.Tensor = None  # group reward of every candidate
+    union_BTU: torch.Tensor = None  # objective topk: both models' top tokens, which of them are not
+    union_valid_BTU: torch.Tensor = None  # repeated, and the teacher's log-probs of them
+    union_logp_BTU: torch.Tensor = None
+    hidden_BTD: torch.Tensor = None  # objectives rkl, fkl, jsd: the teacher's last hidden states
+    kl, gamma = 1.0, 0.0  # weights of log p_T - log p_S and of the reward in this step
+
+    def put(self, at, **values):
+        """Write values of the rows and columns `at`."""
+        for name, value in values.items():
+            if value is not None:
+                if getattr(self, name) is None:
+                    shape = *self.shape[: value.dim()], *value.shape[2:]
+                    setattr(self, name, value.new_zeros(shape))
+                getattr(self, name)[at[: value.dim()]] = value
 
 
-# --------------------------------------------------------------------- phases 4 and 5: how to learn
-def sum_over_ranks(values: list[float], device) -> list[float]:
-    """Element-wise sum over all processes."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
+# --------------------------------------------------------------------------------------- the phases
+def sample(run, step: int):
+    """1: this process's rollouts of a step, and the number of the first in the whole batch."""
+    args, (prompts, first_row) = run.args, run.prompts_of(step)
+    with run.autocast():
+        batch = rollout.generate(
+            run.model, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+            eos_ids=run.stop_ids, pad_id=run.pad_id, vocab_size=run.vocab_size, decode=run.decode,
+            top_k=max(run.needs.candidates.values(), default=1), batch_size=args.sample_batch,
+            generator=run.generator(step, first_row),
+        )  # fmt: skip
+    run.watch.lap("sample")
+    return batch, first_row
 
 
-def token_weights(
-    response_mask_BT: torch.Tensor, keep_BT: torch.Tensor, rescale: str, total: float, kept: float
-) -> torch.Tensor:
-    """Phase 4: q_t times the rescaling over the token count, so that loss = -sum_t w_t A_t log p_S.
+@torch.no_grad()
+def score(run, batch, segments) -> Scores:
+    """2 and 3, a micro-batch at a time: the KV cache of one lives until its leaves are scored."""
+    args, teacher, out = run.args, run.teacher, Scores(batch.ids_BT.shape)
+    lookahead, topk, budget = args.lookahead == "on", args.objective == "topk", spends_budget(args)
+    for at in harness.micro_batches(batch.response_mask_BT, args):
+        ids_BT, mask_BT, entropy_BT, logp_BT, candidates_BTK = (
+            getattr(batch, name)[at]
+            for name in ("ids_BT", "response_mask_BT", "entropy_BT", "logp_BT", "topk_ids_BTK")
+        )
+        trunk = teacher.base_model(input_ids=ids_BT, use_cache=lookahead)  # the teacher forward
+        stats = logprobs.token_stats(
+            trunk[0], teacher.get_output_embeddings().weight, ids_BT, entropy=False,
+            top_k=args.union_top_k * topk, candidates_BTK=candidates_BTK, mask_BT=mask_BT,
+            vocab_size=run.vocab_size,
+        )  # fmt: skip
+        out.put(at, logp_BT=stats.logp_BT, max_prob_BT=stats.max_prob_BT)
+        run.watch.lap("score")
 
-    With l_t the response mask and q_t the keep mask, the release paper gives the kept tokens the
-    loss mass of all: A'_t = A_t q_t sum(l) / sum(l q), averaged over sum(l) tokens.
+        seen = vars(args) | {
+            "response_mask_BT": mask_BT, "entropy_BT": entropy_BT, "max_prob_BT": stats.max_prob_BT,
+            "advantage_BT": stats.logp_BT - logp_BT,
+            "candidate_logp_BTK": stats.candidate_logp_BTK[..., : args.margin_top_k],
+            "segments": segments and [segments[row] for row in at[0].tolist()],
+        }  # fmt: skip
+        mask = masks.apply("release" if budget else args.mask, seen)
+        own = masks.apply("std", seen) if budget and args.mask == "std" else mask
+        out.put(at, keep_BT=mask.keep_BT, wanted_B=own.keep_BT.sum(dim=1),
+                released_B=own.released_B, gain_B=own.gain_B)  # fmt: skip
+        run.watch.lap("mask")
 
-    Args:
-        rescale: the scope of both sums.  "batch": over all rollouts of all processes, w = q / kept.
-            "sequence": per rollout, w = q * (its tokens / its kept tokens) / total.
-            "none": w = q / total.
-        total, kept: response tokens and kept tokens of the whole batch, over all processes.
+        if lookahead:  # where a control will supervise is not known yet: look everywhere
+            looked_BT = mask_BT if budget else mask.keep_BT > 0
+            trigger_BT = lgr.trigger(entropy_BT, looked_BT, args.lgr_tau)  # entropy > tau
+            confidence_BTK = lgr.lookahead_confidence(
+                teacher, ids_BT, mask_BT, trigger_BT, candidates_BTK[..., : args.lgr_top_k],
+                cache=trunk.past_key_values, hidden_BTD=trunk[0], signal=args.lgr_signal,
+                vocab_size=run.vocab_size, nodes_per_slice=args.lgr_nodes,
+            )  # fmt: skip
+            how = {"normalize": args.lgr_normalize, "eps": args.lgr_eps}
+            out.put(at, trigger_BT=trigger_BT, spread_BT=confidence_BTK.std(dim=-1).nan_to_num(),
+                    reward_BTK=lgr.group_reward(confidence_BTK, **how))  # fmt: skip
+            run.watch.lap("lookahead")
+        if topk:
+            own_BTK, U = stats.candidate_logp_BTK[..., : args.union_top_k], args.union_top_k
+            ids_BTU, valid_BTU = lgr.union_candidates(candidates_BTK[..., :U], stats.topk_ids_BTK)
+            out.put(at, union_BTU=ids_BTU, union_valid_BTU=valid_BTU,
+                    union_logp_BTU=torch.cat([own_BTK, stats.topk_logp_BTK], dim=-1))  # fmt: skip
+        if args.objective in logprobs.DIVERGENCES:
+            out.put(at, hidden_BTD=trunk[0])
+    return out
 
-    >>> l = torch.tensor([[True, True, True, True], [True, True, False, False]])
-    >>> q = torch.tensor([[True, True, False, False], [True, True, False, False]])
+
+def weigh(run, batch, scores, step: int):
+    """4: advantages A_t and weights w_t, [B, T]."""
+    args, q_BT, l_BT = run.args, scores.keep_BT.float(), batch.response_mask_BT.float()
+    if args.loss_mean == "response":
+        l_BT = l_BT / l_BT.sum(dim=1, keepdim=True)
+    total, kept = run.sum([l_BT.sum(), (l_BT * q_BT).sum()])  # over all processes
+    turn = step // args.lgr_alternate % 2 if args.lgr_alternate else None  # 0: no reward, 1: alone
+    scores.kl, scores.gamma = float(turn != 1), args.lgr_gamma * (turn != 0)
+    A_BT = torch.where(q_BT > 0, scores.logp_BT - batch.logp_BT, 0.0)  # never 0 times infinity
+    if args.advantage_clip:
+        A_BT = A_BT.clamp(-args.advantage_clip, args.advantage_clip)
+    if args.lookahead == "on":
+        group_BTK = batch.topk_ids_BTK[..., : args.lgr_top_k]
+        reward_BT = lgr.sampled_reward(scores.reward_BTK, group_BTK, batch.ids_BT)
+        A_BT = scores.kl * A_BT + scores.gamma * reward_BT  # the lookahead bonus
+    return A_BT, token_weights(l_BT, q_BT, args.rescale, total, kept)
+
+
+def token_weights(l_BT, q_BT, rescale: str, total: float, kept: float):
+    """w_t: the kept tokens get the loss mass of all, A'_t = A_t q_t sum(l) / sum(l q), over sum(l)
+    (2605.13643). l: loss mask; total, kept: sum(l), sum(l q) over all processes; `rescale` is the
+    scope of the factor.
+
+    >>> l = torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0]])
+    >>> q = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0]])
     >>> for scope in ("batch", "sequence", "none"):
     ...     (token_weights(l, q, scope, 6, 4) * 12).int().tolist()
     [[3, 3, 0, 0], [3, 3, 0, 0]]
     [[4, 4, 0, 0], [2, 2, 0, 0]]
     [[2, 2, 0, 0], [2, 2, 0, 0]]
     """
-    q_BT = keep_BT.float()
+    w_BT = l_BT * q_BT
     if rescale == "batch":
-        return q_BT / max(kept, 1)
+        return w_BT / (kept or 1)
     if rescale == "sequence":
-        q_BT = q_BT * response_mask_BT.sum(1, keepdim=True) / q_BT.sum(1, keepdim=True).clamp(min=1)
-    return q_BT / max(total, 1)
+        kept_B1 = w_BT.sum(dim=1, keepdim=True)
+        w_BT = w_BT * l_BT.sum(dim=1, keepdim=True) / torch.where(kept_B1 > 0, kept_B1, 1)
+    return w_BT / (total or 1)
 
 
-def policy_gradient_loss(
-    logp_BT: torch.Tensor,
-    advantage_BT: torch.Tensor,
-    weight_BT: torch.Tensor,
-    behaviour_logp_BT: torch.Tensor | None = None,
-    clip: tuple[float, float] = (0.2, 0.28),
-) -> torch.Tensor:
-    """-sum_t w_t A_t log p_S(y_t); with `behaviour_logp_BT` PPO's clipped ratio instead (scalar).
-
-    `micro_batch_loss` has the plain form computed where the logits are, as a weighted sum.  The
-    ratio form, -sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t), is for several
-    updates on the same rollouts; at r = 1 its gradient is that of the plain form.
-    """
-    if behaviour_logp_BT is None:
-        return -(weight_BT * advantage_BT * logp_BT).sum()
-    ratio_BT = (logp_BT - behaviour_logp_BT).exp()
-    clipped_BT = ratio_BT.clamp(1 - clip[0], 1 + clip[1])
-    return -(weight_BT * torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)).sum()
-
-
-def micro_batch_loss(student, batch, grades, advantage_BT, weight_BT, args, teacher_head_VE):
-    """The objective on some rows, a scalar: the policy gradient; or an exact divergence; or
-    (`topk`) the reverse KL over both models' top tokens with the lookahead reward inside."""
-    divergence, loss_weight_BT = None, None
+def loss_of(run, batch, scores, A_BT, w_BT, at):
+    """The objective on some rows and columns, a scalar: policy gradient, divergence or union."""
+    args, ids_BT, keep_BT = run.args, batch.ids_BT[at], scores.keep_BT[at] > 0
+    A, w = A_BT[at], w_BT[at]
     if args.objective in logprobs.DIVERGENCES:
-        divergence = (args.objective, args.jsd_beta, grades.hidden_BTD, teacher_head_VE)
-        loss_weight_BT = weight_BT
-    elif args.objective == "pg" and args.updates_per_rollout == 1:
-        loss_weight_BT = -weight_BT * advantage_BT
-    with autocast(args):
-        out = student(
-            batch.ids_BT, grades.choice.keep_BT, grades.union_BTU, divergence, loss_weight_BT
-        )
-    if loss_weight_BT is not None:
-        return out
+        divergence_BT = run.student(ids_BT, keep_BT, teacher=scores.hidden_BTD[at], scale_BT=w)
+        return (w * divergence_BT).sum()
     if args.objective == "topk":
-        reward_BTU = None
-        if grades.ahead is not None:  # the group is the first of the student's, which come first
-            reward_BTU = torch.zeros_like(grades.union_logp_BTU)
-            reward_BTU[..., : args.lgr_top_k] = args.lgr_gamma * grades.ahead.reward_BTK
-        loss_BT = lgr.topk_loss(out, grades.union_logp_BTU, grades.union_valid_BTU, reward_BTU)
-        return (weight_BT * loss_BT).sum()
-    clip = (args.clip_low, args.clip_high)
-    return policy_gradient_loss(out, advantage_BT, weight_BT, batch.logp_BT, clip)
+        logp_BTU, reward_BTU = run.student(ids_BT, keep_BT, scores.union_BTU[at]), None
+        if scores.reward_BTK is not None:  # the group comes first in the union
+            reward_BTU = torch.zeros_like(logp_BTU)
+            reward_BTU[..., : args.lgr_top_k] = scores.gamma * scores.reward_BTK[at]
+        teacher_BTU = scores.union_logp_BTU[at] if scores.kl else logp_BTU.detach()
+        valid_BTU = scores.union_valid_BTU[at]
+        return (w * lgr.topk_loss(logp_BTU, teacher_BTU, valid_BTU, reward_BTU)).sum()
+    if args.updates_per_rollout > 1:  # PPO's clipped ratio; at 1 its gradient is the plain one
+        ratio = (run.student(ids_BT, keep_BT) - batch.logp_BT[at] * keep_BT).exp()
+        clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+        return -(w * torch.minimum(ratio * A, clipped * A)).sum()
+    logp = run.student(ids_BT, keep_BT, scale_BT=w * A)  # the scale saves fast/head.py a pass
+    loss = -(w * A * logp).sum()
+    return loss
 
 
-def update(student, optimizer, batch, grades, advantage_BT, weight_BT, args, teacher_head_VE=None):
-    """Phase 5: one optimizer step over micro-batches; returns (loss over all ranks, grad norm).
-    Unless both are finite, the weights stay as they are: both are the same in all processes, so all
-    of them decide alike.  The exact divergences need the teacher's head.
-
-    Rows of similar length go together, and columns after the last kept token are cut off before the
-    forward: attention is causal, so what was released costs nothing.  Rows without a kept token are
-    left out too, but every process runs at least one backward, or DDP would wait for it for ever.
-    """
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    keep_BT = grades.choice.keep_BT
-    length_B = grading.columns_up_to_last(keep_BT)
-    row_R = length_B.nonzero()[:, 0]
-    row_R = row_R if len(row_R) else torch.zeros(1, dtype=torch.int64, device=keep_BT.device)
-    limits = args.micro_batch, args.tokens_per_micro_batch
-    pieces = [row_R[piece_R] for piece_R in grading.micro_batches(length_B[row_R], *limits)]
-    optimizer.zero_grad(set_to_none=True)
-    local_loss = 0.0
-    for rows in pieces:
-        used = max(int(length_B[rows].max()), 2)  # a row without a kept token still needs a pass
-        last = rows is pieces[-1]
-        wait = contextlib.nullcontext() if last or world == 1 else student.no_sync()
-        with wait:
-            own = [grading.pick(x, rows, used) for x in (batch, grades, advantage_BT, weight_BT)]
-            loss = micro_batch_loss(student, *own, args, teacher_head_VE)
-            (loss * world).backward()  # DDP averages over ranks; the weights already count all
-        local_loss += loss.item()
-    limit = args.clip_grad if args.clip_grad > 0 else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), limit).item()
-    (loss,) = sum_over_ranks([local_loss], keep_BT.device)
-    if math.isfinite(loss) and math.isfinite(norm):
-        optimizer.step()
-    return loss, norm
+def update(run, batch, scores, A_BT, w_BT) -> tuple[float, float, bool]:
+    """5: one optimizer step; (loss over all processes, gradient norm, whether both are finite; if
+    not, the weights stay, in all processes). Attention is causal, so columns after the last kept
+    token are cut off: what was released costs nothing."""
+    pieces, local = list(harness.micro_batches(scores.keep_BT > 0, run.args)), 0.0
+    run.optimizer.zero_grad(set_to_none=True)
+    for number, at in enumerate(pieces, 1):
+        with run.gradients(last=number == len(pieces)):
+            with run.autocast():
+                loss = loss_of(run, batch, scores, A_BT, w_BT, at)
+            (loss * run.world).backward()  # DDP averages over ranks; the weights already count all
+        local += loss.item()
+    limit = run.args.clip_grad or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(run.student.parameters(), limit).item()
+    (loss,) = run.sum([local])
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        run.optimizer.step()
+        run.scheduler.step()
+    return loss, norm, finite
 
 
-def autocast(args):
-    """Matrix products in bfloat16 where asked for; parameters and everything else stay float32."""
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-
-# ----------------------------------------------------------------------------------------- a step
-
-
-class Stopwatch:
-    """Seconds by phase; waits for the GPU, so that a phase pays for what it launched."""
-
-    def __init__(self, device: str):
-        self.device, self.seconds, self.start = device, {}, time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """Charge the time since the last call to `phase`."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.start
-        self.start = now
-
-
-def rows_of_step(run: Run, step: int) -> tuple[list[int], range]:
-    """The problem of every rollout of a step, and which of the rollouts are this process's."""
-    args = run.args
-    count = args.prompts_per_step
-    order = batch_order(len(run.prompts), step * count, count, args.seed)
-    problems = [problem for problem in order for _ in range(args.rollouts_per_prompt)]
-    return problems, my_share(len(problems), run.rank, run.world)
-
-
-def sample(run: Run, step: int) -> rollout.Rollout:
-    """Phase 1: this process's share of the step's rollouts."""
-    args = run.args
-    problems, mine = rows_of_step(run, step)
-    with autocast(args):
-        return rollout.generate(
-            run.model,
-            [run.prompts[problems[row]] for row in mine],
-            max_new_tokens=args.max_new_tokens,
-            eos_ids=run.stop_ids,
-            pad_id=run.pad_id,
-            temperature=args.temperature,
-            top_k=max(grading.candidates_needed(args).values(), default=1),
-            batch_size=args.sample_batch,
-            generator=row_generator(args.seed, step, mine.start, args.max_new_tokens),
-            vocab_size=run.vocab_size,
-        )
-
-
-def train_step(run: Run, step: int) -> dict:
+def train_step(run, step: int) -> dict:
     """The six phases; returns the log line."""
-    args, watch = run.args, Stopwatch(run.args.device)
-    batch = sample(run, step)
-    watch.lap("sample")
-
-    grades = grading.grade(
-        run.teacher,
-        batch,
-        args,
-        sentences=run.sentences,
-        vocab_size=run.vocab_size,
-        lap=watch.lap,
-    )
-
-    if grading.spends_budget(args):
-        grades.keep_only(spend_elsewhere(run, batch, grades.choice, step))
-        watch.lap("mask")
-    mask_BT, keep_BT = batch.response_mask_BT, grades.choice.keep_BT
-    advantage_BT = grades.logp_BT - batch.logp_BT
-    reverse_kl = -(advantage_BT * mask_BT).sum().item()
-    if args.advantage_clip > 0:
-        advantage_BT = advantage_BT.clamp(-args.advantage_clip, args.advantage_clip)
-    if grades.ahead is not None:
-        advantage_BT = advantage_BT + args.lgr_gamma * grades.ahead.reward_BT
-    sums = {"reverse_kl": reverse_kl} | metrics.batch_sums(batch, grades)
-    sums = dict(zip(sums, sum_over_ranks(list(sums.values()), mask_BT.device), strict=True))
-    weight_BT = token_weights(mask_BT, keep_BT, args.rescale, sums["tokens"], sums["kept_tokens"])
-    head_VE = run.teacher.get_output_embeddings().weight
-    skipped = 0
-    for _ in range(args.updates_per_rollout):
-        loss, norm = update(
-            run.student, run.optimizer, batch, grades, advantage_BT, weight_BT, args, head_VE
-        )
-        if math.isfinite(loss) and math.isfinite(norm):
-            run.scheduler.step()
-        else:
-            skipped += 1
-    watch.lap("update")
-    if skipped and run.position.skipped + 1 >= args.max_skipped_steps:
-        give_up(run, step, batch, grades, advantage_BT, weight_BT, (loss, norm))
-    return metrics.log_line(step, loss, norm, skipped, sums, watch.seconds, args)
+    batch, first_row = sample(run, step)  # 1
+    scores, mask_BT = score(run, batch, run.sentences(batch)), batch.response_mask_BT  # 2, 3
+    if spends_budget(run.args):  # 3, of a control: it sees all rows of all processes
+        counts_B3 = torch.stack([mask_BT.sum(1), scores.keep_BT.sum(1), scores.wanted_B], dim=1)
+        scores.keep_BT = masks.spend(
+            run.args.mask, mask_BT, *run.gather(counts_B3).unbind(1), first_row=first_row,
+            generator=run.generator(harness.CONTROL_STREAM + step),
+        )  # fmt: skip
+    A_BT, w_BT = weigh(run, batch, scores, step)  # 4
+    updates = [update(run, batch, scores, A_BT, w_BT) for _ in range(run.args.updates_per_rollout)]
+    loss, norm, _ = updates[-1]  # 5
+    run.watch.lap("update")
+    if skipped := sum(not finite for *_, finite in updates):  # too many in a row end the run
+        run.give_up_or_skip(step, loss, norm, batch, scores, A_BT, w_BT)
+    return run.log_line(step, loss, norm, skipped, batch, scores)  # 6
 
 
-def give_up(run: Run, step: int, batch, grades, advantage_BT, weight_BT, numbers) -> None:
-    """Save the batch of the last of too many skipped steps, and raise.
-
-    Every process writes faults/step-<n>-rank<r>.safetensors with its rows.
-
-    Raises:
-        FloatingPointError: always, with the step and the rollouts that look guilty.
-    """
-    args, mask_BT = run.args, batch.response_mask_BT
-    problems, mine = rows_of_step(run, step)
-    fine_B = (grades.logp_BT.isfinite() & advantage_BT.isfinite()).all(dim=1)
-    guilty = [mine[row] for row in (~fine_B).nonzero()[:, 0].tolist()]
-    if run.world > 1:
-        shares = [None] * run.world
-        dist.all_gather_object(shares, guilty)
-        guilty = sum(shares, [])
-    tensors = {
-        "ids_BT": batch.ids_BT, "response_mask_BT": mask_BT, "student_logp_BT": batch.logp_BT,
-        "teacher_logp_BT": grades.logp_BT, "keep_BT": grades.choice.keep_BT,
-        "advantage_BT": advantage_BT, "weight_BT": weight_BT,
-        "rollout_B": torch.tensor(mine), "problem_B": torch.tensor([problems[row] for row in mine]),
-    }  # fmt: skip
-    name = f"step-{step + 1}-rank{run.rank}.safetensors"
-    path = checkpoint.write_fault(Path(args.out), name, tensors)
-    who = "the gradient's alone: no rollout stands out"
-    if guilty:
-        who = "rollouts " + ", ".join(f"{r} (problem {problems[r]})" for r in guilty[:8])
-        who += f" and {len(guilty) - 8} more" * (len(guilty) > 8)
-    raise FloatingPointError(
-        f"step {step + 1}: loss {numbers[0]}, gradient norm {numbers[1]}, the last of "
-        f"{run.position.skipped + 1} such steps in a row; {who}; the batch is in {path}"
-    )
-
-
-def spend_elsewhere(run: Run, batch, choice: grading.Supervision, step: int) -> torch.Tensor:
-    """Phase 3 for a control: the keep mask [B, T] of this process's rows, which over all processes
-    holds as many tokens as the release rule's, `choice`."""
-    mask_BT = batch.response_mask_BT
-    count_B3 = torch.stack([mask_BT.sum(1), choice.keep_BT.sum(1), choice.wanted_B], dim=1).cpu()
-    parts = [count_B3]
-    if run.world > 1:
-        parts = [None] * run.world
-        dist.all_gather_object(parts, count_B3)
-    return controls.spend(
-        run.args.mask, mask_BT, *torch.cat(parts).unbind(1),
-        first_row=sum(map(len, parts[: run.rank])),
-        generator=row_generator(run.args.seed, CONTROL_STREAM + step, 0, 0),
-    )  # fmt: skip
-
-
-def answers(run: Run, problems: list, prompts: list, stream: int) -> list[list[dict]]:
-    """The student's graded answers to held-out problems, sampled by all processes together."""
-    args = run.args
-    mine = my_share(len(problems), run.rank, run.world)
-    first_row = mine.start * args.eval_samples
-    with autocast(args):
-        records = evaluate.sample_answers(
-            run.model,
-            run.tokenizer,
-            problems[mine.start : mine.stop],
-            prompts[mine.start : mine.stop],
-            samples=args.eval_samples,
-            max_new_tokens=args.max_new_tokens,
-            temperature=1.0,
-            stop_ids=run.stop_ids,
-            pad_id=run.pad_id,
-            batch_size=args.sample_batch,
-            generator=row_generator(0, stream, first_row, args.max_new_tokens),
-            vocab_size=run.vocab_size,
-            progress=False,
-        )
-    if run.world > 1:
-        shares = [None] * run.world
-        dist.all_gather_object(shares, records)
-        records = [record for share in shares for record in share]
-    return records
-
-
-def evaluate_student(run: Run, step: int) -> dict:
-    """mean@n on the held-out problems; first and last on the out-of-domain ones, too.
-
-    Every evaluation uses the same uniform numbers, so that two of them differ by the student only.
-    """
-    args, start = run.args, time.perf_counter()
-    records = answers(run, run.eval_problems, run.eval_prompts, EVALUATION_STREAM)
-    summary = evaluate.summarise(records)
-    uncertain = toy.world(args.toy).uncertain
-    if uncertain and args.problems is None and args.eval_problems is None:
-        texts = [record["text"] for samples in records for record in samples]
-        summary["uncertain_wording"] = toy.wording_share(texts, uncertain)
-    if run.ood_problems and step in (0, args.steps):
-        ood = evaluate.summarise(
-            answers(run, run.ood_problems, run.ood_prompts, EVALUATION_STREAM + 1)
-        )
-        names = ("accuracy", "accuracy_low", "accuracy_high", "problems")
-        summary["ood"] = {name: ood[name] for name in names}
-    return {"step": step, **summary, "seconds": {"evaluate": round(time.perf_counter() - start, 4)}}
-
-
-# Of `row_generator`; training steps use 0, 1, 2, ...
-EVALUATION_STREAM, CONTROL_STREAM = 2**23, 2**22
-
-
-def start_processes(args, world: int) -> torch.device:
-    """Join the process group that torchrun describes: gloo on CPU, nccl on GPU."""
-    device = torch.device(args.device)
-    if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world > 1:
-        backend, timeout = "nccl" if args.device == "cuda" else "gloo", timedelta(0, args.timeout)
-        dist.init_process_group(backend, timeout=timeout)
-    return device
-
-
-def together(work):
-    """`work()` in every process; if it fails in one, its error in all: nobody waits for one that
-    has left.
-
-    Raises:
-        ValueError: `work` raised a ValueError or an OSError somewhere; with the rank, if not here.
-    """
-    result, error = None, None
-    try:
-        result = work()
-    except (ValueError, OSError) as caught:
-        error = ValueError(str(caught))
-    if dist.is_initialized():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error and str(error))
-        wrong = [rank for rank, text in enumerate(errors) if text is not None]
-        if wrong and error is None:
-            error = ValueError(f"rank {wrong[0]}: {errors[wrong[0]]}")
-    if error is not None:
-        raise error
-    return result
-
-
-# ------------------------------------------------------------------------------------------ resume
-@dataclass
-class Resume:
-    """There is a run to go on with: from the checkpoint in `path`, or from its beginning."""
-
-    path: Path | None
-
-
-def find_resume(run: Run, out: Path) -> Resume | None:
-    """What to go on with in `out`, if anything.
-
-    Raises:
-        ValueError: that run has other flags or other prompts, or is beyond --steps.
-    """
-    config = checkpoint.read_config(out) if run.args.resume else None
-    if config is None:
-        return None
-    changed = checkpoint.changed_flags(config, vars(run.args), flags.MAY_CHANGE)
-    if changed:
-        raise ValueError(f"--resume: {out} is a run with other flags: {'; '.join(changed)}")
-    if config.get("prompts_sha256") != preparing.fingerprint(run):
-        raise ValueError(f"--resume: {out} is a run on other problems: their files have changed")
-    path = checkpoint.newest(out)
-    if path is not None and checkpoint.step_of(path) > run.args.steps:
-        raise ValueError(f"--steps {run.args.steps}: {path} is of a later step")
-    checkpoint.check_log(out, checkpoint.read_facts(path)["position"]["log_bytes"] if path else 0)
-    return Resume(path)
-
-
-def restore(run: Run, path: Path) -> None:
-    """Put the checkpoint in that folder back, in this process.
-
-    Raises:
-        ValueError: it is of another student.
-        OSError: it cannot be read here.
-    """
-    found = checkpoint.read(path)
-    position = Position(**found.facts["position"])
-    checkpoint.restore(found, run.model, run.optimizer, run.scheduler)
-    if run.rank < len(position.random):
-        checkpoint.set_random_state(position.random[run.rank])
-    run.position = position
-
-
-def begin_folder(run: Run, out: Path, resume: Resume | None) -> None:
-    """Write the config of a new run, or into the one of an old run where it goes on.  What may make
-    that differ from an uninterrupted run is said on stderr."""
-    now = preparing.describe(run)
-    if resume is None:
-        checkpoint.make_folder(out)
-        checkpoint.write_json(out / "config.json", now)
-        return
-    checkpoint.forget_faults(out)
-    config = checkpoint.read_config(out)
-    resumed = {"step": run.position.step}
-    for name in ("commit", "device", "processes", "threads", "versions", "started"):
-        resumed[name] = now[name]
-        if config.get(name) != now[name] and name != "started":
-            print(f"train.py: --resume: {name} {config.get(name)}, now {now[name]}: the run may go "
-                  "on otherwise than it would have", file=sys.stderr)  # fmt: skip
-    config["resumed"] = [*config.get("resumed", []), resumed]
-    checkpoint.write_json(out / "config.json", config | {"flags": now["flags"]})
-    where = f"from {resume.path}"
-    if resume.path is None:
-        where = f"{out} from the beginning, it has no whole checkpoint"
-    print(f"train.py: resuming {where}", file=sys.stderr)
-
-
-def write_checkpoint(run: Run, out: Path, log) -> None:
-    """Rank 0 writes down where the run stands."""
-    if run.rank == 0:
-        log.flush()
-        groups, facts = checkpoint.capture(run.model, run.optimizer, run.scheduler)
-        facts["position"] = dataclasses.asdict(run.position)
-        checkpoint.write(out, run.position.step, groups, facts)
-
-
-# ------------------------------------------------------------------------------------------- a run
-def all_random_states(run: Run) -> list[dict]:
-    """Those of every process, by rank."""
-    states = [checkpoint.random_state()]
-    if run.world > 1:
-        states = [None] * run.world
-        dist.all_gather_object(states, checkpoint.random_state())
-    return states
-
-
-def train(run: Run, out: Path) -> list[dict]:
-    """The loop: evaluate, step, log, now and then a checkpoint; returns the log, on rank 0.
-
-    Whatever ends it early, rank 0 first writes a checkpoint of the last line of the log.
-    """
-    log = checkpoint.Log(out, run.position.log_bytes) if run.rank == 0 else None
-    run.position.random = run.position.random or all_random_states(run)
-    try:
-        steps(run, out, log)
-    except BaseException:
-        if not run.interruptions.held:  # else the weights are ahead of the log
-            with contextlib.suppress(Exception):  # the disk may be full, or the GPU gone
-                write_checkpoint(run, out, log)
-        raise
-    finally:
-        if log is not None:
-            log.close()
-    return log.lines if log is not None else []
-
-
-def steps(run: Run, out: Path, log) -> None:
-    """The loop itself. From the first change of a weight to the line in the log signals wait."""
-    args, position, signals = run.args, run.position, run.interruptions
-    hook = run.optimizer.register_step_pre_hook(signals.hold)
-    bar = tqdm(total=args.steps, initial=position.step, desc=args.method, unit="step",
-               disable=run.rank > 0)  # fmt: skip
-    shown = {}
-
-    def write(line: dict, names: tuple[str, ...], **moved) -> None:
-        signals.hold()
-        random = all_random_states(run)
-        if log is not None:
-            position.log_bytes = log.write(line)
-            log.lines.append(line)
-        vars(position).update(moved, random=random)
-        signals.release()
-        shown.update({name: f"{line[name]:.3f}" for name in names})
-        bar.set_postfix(shown)
-
-    with bar:
-        while True:
-            step = position.step
-            due = step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0)
-            if due and run.eval_problems and not position.evaluated:
-                write(evaluate_student(run, step), ("accuracy",), evaluated=True)
-            if step == args.steps:
-                break
-            line = train_step(run, step)
-            skipped = position.skipped + 1 if line["skipped"] else 0
-            write(line, ("reverse_kl", "kept"), step=step + 1, evaluated=False, skipped=skipped)
-            bar.update()
-            every = args.checkpoint_every
-            if every and ((step + 1) % every == 0 or step + 1 == args.steps):
-                signals.hold()
-                write_checkpoint(run, out, log)
-                signals.release()
-    hook.remove()
-
-
-def save_student(run: Run, out: Path) -> None:
-    """student/ in Hugging Face format."""
-
-    def fill(folder: Path) -> None:
-        run.model.to(getattr(torch, run.args.save_dtype)).save_pretrained(folder)
-        run.tokenizer.save_pretrained(folder)
-
-    checkpoint.replace_folder(out, "student", fill)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Check everything, then load, train, save and say what came of it.
-
-    Exits with 2 on bad input; 1 when the run fails; 0, 130 or 129 when SIGTERM, Ctrl-C or SIGHUP
+def main(argv=None) -> None:
+    """Exits with 2 on bad input; 1 when the run fails; 0, 130 or 129 when SIGTERM, Ctrl-C or SIGHUP
     ends it."""
-    parser, args = flags.parse(argv)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    with checkpoint.Interruptions() as interruptions:
-        code = guarded(args, parser, interruptions)
-    if dist.is_initialized():  # the destructors of gloo's process group lock up, once in 30 runs
-        sys.stdout.flush()
-        os._exit(code)
-    if code:
-        sys.exit(code)
-
-
-def guarded(args, parser: harness.Parser, interruptions: checkpoint.Interruptions) -> int:
-    """The command but for its first and last moments; returns the exit code."""
-    out, sentences, begun = Path(args.out), None, None
-    try:
-        try:
-            run, resume, device = set_up(args, out)
-            sentences, run.interruptions = run.sentences, interruptions
-            load_and_begin(run, out, resume, device)
-        except ValueError as error:
-            parser.error(str(error))
-        begun = out  # before, an older run may lie there
-        train_and_save(run, out)
-        return 0
-    except SystemExit as bad_input:
-        return bad_input.code
-    except (checkpoint.Stop, Exception) as error:
-        interruptions.hold()  # what else comes is too late
-        if interruptions.number is None:
-            return end_with_error(begun, error)
-        return end_when_told(begun, checkpoint.Stop(interruptions.number))
-    finally:  # nothing is to wait for sentences that nobody wants any more
-        interruptions.hold()
-        if sentences is not None:
-            sentences.close()
-
-
-def set_up(args, out: Path) -> tuple[Run, Resume | None, torch.device]:
-    """Every check that needs no weights; then the processes meet, and hear of each other's errors.
-    Rank 0 knows what to go on with."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    run, resume, error = None, None, None
-    try:
-        if rank == 0:  # alone: another rank's probe in an empty folder would look like a file
-            harness.check_creatable("--out", out)
-            checkpoint.check_folder(out, args.resume)
-        run = preparing.prepare(args, rank, world)
-        resume = find_resume(run, out) if rank == 0 else None
-    except (ValueError, OSError) as caught:  # the latter of a folder that may not be looked into
-        error = caught
-    device = start_processes(args, world) if world > 1 or error is None else None
-
-    def raise_it():
-        if error is not None:
-            raise error
-
-    together(raise_it)
-    return run, resume, device
-
-
-def load_and_begin(run: Run, out: Path, resume: Resume | None, device: torch.device) -> None:
-    """Weights, the checkpoint to go on from, the run folder."""
-    together(lambda: preparing.load_models(run, device))
-    if run.world > 1:  # the folder is shared, but one process alone looked into it
-        objects = [resume]
-        dist.broadcast_object_list(objects, device=device)
-        resume = objects[0]
-    if resume is not None and resume.path is not None:
-        together(lambda: restore(run, resume.path))
-    together(lambda: begin_folder(run, out, resume) if run.rank == 0 else None)
-    if run.world > 1:
-        run.student = DistributedDataParallel(
-            run.student, device_ids=[device.index] if device.type == "cuda" else None
-        )
-
-
-def train_and_save(run: Run, out: Path) -> None:
-    """The run itself, and what came of it."""
-    lines = train(run, out)
-    run.interruptions.hold()
-    if run.rank == 0:
-        save_student(run, out)
-        evaluations = [line for line in lines if "accuracy" in line]
-        for line in evaluations[:1] + evaluations[-1:]:
-            print(
-                "step {step}: mean@{samples} {accuracy:.3f}, 95% interval {accuracy_low:.3f} to "
-                "{accuracy_high:.3f}, {problems} problems".format(**line)
-            )
-        ood = [line["ood"]["accuracy"] for line in evaluations if "ood" in line]
-        if ood:
-            print(f"out of domain: {ood[0]:.3f} before, {ood[-1]:.3f} after")
-        skipped = sum(line.get("skipped", 0) > 0 for line in lines)
-        if skipped:
-            print(f"{skipped} steps were skipped: loss or gradient was not finite")
-        print(f"wrote {out}/config.json, log.jsonl, student/")
-    if dist.is_initialized():
-        dist.barrier()  # nobody leaves before rank 0 has saved
-
-
-# --------------------------------------------------------------------------------- ends before time
-def end_when_told(out: Path | None, stop: checkpoint.Stop) -> int:
-    """After SIGTERM, Ctrl-C or SIGHUP: say how to go on; returns the exit code. out: None if the
-    run has not begun."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank == 0:
-        path = checkpoint.last_written(out) if out else None
-        how = f"{path} is written, --resume goes on from there" if path else "nothing was written"
-        print(f"\ntrain.py: stopped by {stop}; {how}", file=sys.stderr, flush=True)
-    elif out:  # perhaps it is the only one that was told
-        checkpoint.first_fault(out, f"rank {rank}: stopped by {stop}")
-    return stop.exit_code
-
-
-def end_with_error(out: Path | None, error: Exception) -> int:
-    """After an error: the process in which it happened says so, on stderr and for the others in
-    faults/; the others, which only lost contact, name that one.  Returns the exit code."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    text = f"{type(error).__name__}: {error}"
-    lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)
-    if lost:
-        text = f"lost contact with another process: {error}"
-    if world > 1:
-        text = f"rank {rank}: {text}"
-        first = checkpoint.first_fault(out, text) if out else text
-        if first != text:
-            text, lost = f"rank {rank} ends because of {first}", True
-    if not lost and not isinstance(error, FloatingPointError | OSError):
-        traceback.print_exception(error)
-    print(f"\ntrain.py: error: {text}", file=sys.stderr, flush=True)
-    return 1
+    with harness.start(argv, FLAGS, METHODS, PRESETS, needs) as run:
+        for step in run.steps():  # from where the run stands to --steps
+            if run.evaluation_due(step):
+                run.write(evaluate.on_held_out(run, step))
+            if step < run.args.steps:
+                run.write(train_step(run, step))
 
 
 if __name__ == "__main__":

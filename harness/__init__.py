@@ -1,4 +1,33 @@
-"""Everything that is not about distillation."""
+"""Everything that is not about distillation, behind one door.
+
+What train.py touches:
+
+    start(argv, FLAGS, METHODS, PRESETS, needs)   checks, processes, models, folder, resume; yields
+                                                  a run, then saves the result and leaves
+    Needs                                         what the methods read
+    ANY, COUNT, POSITIVE, SHARE                   limits of flags
+    micro_batches(mask_BT, args)                  rows of similar length: yields (rows, columns)
+    CONTROL_STREAM                                of random numbers
+
+and of the run:
+
+    args, needs, world                            flags, what the methods read, processes
+    model, student, teacher                       `student` gives log-probs of `model`, inside DDP
+    tokenizer, splitter, vocab_size, stop_ids, pad_id, decode
+    optimizer, scheduler, watch                   watch.lap(phase) charges the time to a phase
+    steps(), evaluation_due(step), write(line)    the loop: its numbers, the log, checkpoints
+    prompts_of(step)                              this process's prompts, number of the first row
+    sentences(batch)                              of every response, if a mask asks for them
+    generator(stream, first_row)                  random numbers that do not depend on processes
+    sum(values), gather(rows)                     over all processes
+    autocast(), gradients(last)                   around forward and backward
+    log_line(...), give_up_or_skip(...)           what a step says; what a bad one leaves behind
+
+A signal (SIGTERM, Ctrl-C, SIGHUP) ends a run at once, in the middle of sampling too, except between
+the first change of a weight and the line in the log: there it waits, so that a checkpoint always
+belongs to the last line. Inside: cli, flags (command lines), data (problems, prompts), models, pair
+(loading), processes, run, log, checkpoint, signals, machine.
+"""
 
 from harness.cli import (
     BIG,
@@ -12,5 +41,35 @@ from harness.cli import (
     number,
     path_name,
 )
-from harness.data import check_fit, from_records, load_problems, pad_id, render_prompts, stop_ids
-from harness.models import check_head, common_vocabulary, load_config, load_model, load_tokenizer
+from harness.data import (
+    check_fit,
+    download_punkt,
+    from_records,
+    load_problems,
+    pad_id,
+    render_prompts,
+    stop_ids,
+)
+from harness.flags import ANY, COUNT, DTYPES, MACHINE, POSITIVE, SHARE, add_flags
+from harness.machine import check_device, surroundings
+from harness.models import (
+    check_head,
+    check_sampling,
+    check_supported,
+    common_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
+from harness.pair import StudentLogProbs, check_prompts, open_pair, open_splitter
+from harness.processes import (
+    CONTROL_STREAM,
+    EVALUATION_STREAM,
+    Stopwatch,
+    batch_order,
+    gather_objects,
+    micro_batches,
+    my_share,
+    row_generator,
+)
+from harness.run import Needs, Run, start

@@ -14,11 +14,11 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import parse
 from test_loading import TEMPLATE, byte_tokenizer
 from test_loading import tiny_model as model_for
 
-import controls
-import flags
+import masks
 import probing
 import rollout
 import teachability
@@ -209,12 +209,12 @@ def near(a, b, wide):
     torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
 
 
-masks = st.sampled_from(["none", "release", *controls.CONTROLS])
+mask_names = st.sampled_from(["none", "release", *masks.CONTROLS])
 
 
 def options(*argv):
     """Flags parsed, as `train.py` does."""
-    return flags.parse(["--toy", "horizon", "--device", "cpu", *map(str, argv)])[1]
+    return parse(["--toy", "horizon", "--device", "cpu", *argv])
 
 
 def rollouts(seed, prompts, limit=12, top_k=8):

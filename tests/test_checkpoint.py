@@ -18,7 +18,9 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
+from harness import checkpoint
+from harness.log import Log
+from harness.signals import Interruptions, Stop
 
 
 def in_a_child(work) -> int:
@@ -224,10 +226,10 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     assert sorted(done[:4]) == files
     assert done[4:] == [f"{name}.partial", f"{name}.partial -> {name}", "checkpoints"]
     done.clear()
-    log = checkpoint.Log(tmp_path)
+    log = Log(tmp_path)
     log.write({"step": 1})
     log.flush()
-    assert done == ["log.jsonl"]
+    assert done == ["harness.jsonl"]
 
 
 def test_killed_at_every_file_operation_of_a_checkpoint(tmp_path):
@@ -317,7 +319,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(limit, tmp_path):
 
 
 def write_log(out):
-    log = checkpoint.Log(out)
+    log = Log(out)
     try:
         for number in range(1000):
             log.write({"number": number})
@@ -326,7 +328,7 @@ def write_log(out):
 
 
 WRITERS = {
-    "log.jsonl": write_log,
+    "harness.jsonl": write_log,
     "config.json": lambda out: checkpoint.write_json(out / "config.json", {"x": "y" * 5000}),
     "faults/a": lambda out: checkpoint.write_fault(out, "a", {"x": torch.arange(5000)}),
     "student": lambda out: checkpoint.replace_folder(
@@ -390,22 +392,22 @@ def test_what_an_interrupted_start_leaves_is_no_obstacle(tmp_path):
 
 
 def test_a_log_goes_on_where_it_was_and_loses_nothing(tmp_path):
-    log = checkpoint.Log(tmp_path)
+    log = Log(tmp_path)
     kept = log.write({"step": 1, "loss": 0.5})
     log.write({"step": 2, "loss": float("nan"), "deep": {"x": [1.0, float("-inf")]}})
     log.flush()
     log.close()
-    whole = (tmp_path / "log.jsonl").read_bytes()
+    whole = (tmp_path / "harness.jsonl").read_bytes()
     assert json.loads(whole.splitlines()[1]) == {"step": 2, "loss": None, "deep": {"x": [1, None]}}
-    (tmp_path / "log.jsonl").write_bytes(whole + b'{"step": 3, "lo')  # killed while writing
-    log = checkpoint.Log(tmp_path, kept)
+    (tmp_path / "harness.jsonl").write_bytes(whole + b'{"step": 3, "lo')  # killed while writing
+    log = Log(tmp_path, kept)
     assert log.lines == [{"step": 1, "loss": 0.5}]
-    assert log.write({"step": 2}) == len((tmp_path / "log.jsonl").read_bytes())
+    assert log.write({"step": 2}) == len((tmp_path / "harness.jsonl").read_bytes())
     log.close()
-    assert (tmp_path / "log.jsonl").read_bytes() == whole[:kept] + b'{"step": 2}\n'
+    assert (tmp_path / "harness.jsonl").read_bytes() == whole[:kept] + b'{"step": 2}\n'
     assert (tmp_path / "log.dropped.jsonl").read_bytes() == whole[kept:] + b'{"step": 3, "lo'
     with pytest.raises(ValueError, match="log.jsonl has .* bytes; it had 10000 when"):
-        checkpoint.Log(tmp_path, 10_000)
+        Log(tmp_path, 10_000)
 
 
 # -------------------------------------------------------------------------------- when to stop
@@ -414,15 +416,15 @@ def test_a_log_goes_on_where_it_was_and_loses_nothing(tmp_path):
 )
 def test_a_signal_stops_at_once_but_waits_while_held(number, code):
     before = signal.getsignal(number)
-    signals = checkpoint.Interruptions()
-    with pytest.raises(checkpoint.Stop, match=signal.Signals(number).name) as stop, signals:
+    signals = Interruptions()
+    with pytest.raises(Stop, match=signal.Signals(number).name) as stop, signals:
         os.kill(os.getpid(), number)
         pytest.fail("it should have stopped")
     assert stop.value.exit_code == code and not isinstance(stop.value, Exception)
     assert signal.getsignal(number) == before
 
-    signals, done = checkpoint.Interruptions(), []
-    with pytest.raises(checkpoint.Stop), signals:
+    signals, done = Interruptions(), []
+    with pytest.raises(Stop), signals:
         signals.hold()
         os.kill(os.getpid(), number)
         done.append("held")
@@ -436,7 +438,7 @@ def test_a_signal_stops_at_once_but_waits_while_held(number, code):
 def test_a_signal_that_was_ignored_stays_ignored(number):
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        with checkpoint.Interruptions() as signals:
+        with Interruptions() as signals:
             os.kill(os.getpid(), number)
         assert signals.number is None
     finally:
@@ -444,7 +446,7 @@ def test_a_signal_that_was_ignored_stays_ignored(number):
 
 
 def test_a_swallowed_stop_is_raised_again_at_the_next_release():
-    with pytest.raises(checkpoint.Stop), checkpoint.Interruptions() as signals:
+    with pytest.raises(Stop), Interruptions() as signals:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except BaseException:

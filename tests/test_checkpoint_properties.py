@@ -12,8 +12,10 @@ import torch
 from hypothesis import strategies as st
 from properties import NAN, prop, seeded, seeds
 
-import checkpoint
 import train
+from harness import checkpoint
+from harness.log import Log, check_log
+from harness.signals import Interruptions, Stop
 
 # ---------------------------------------------------------------------------------- a run's folder
 names = st.text("abcdefgh_", min_size=1, max_size=5)
@@ -22,7 +24,7 @@ plain = st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_s
 any_line = st.dictionaries(names, plain | st.lists(plain, max_size=3) | st.just(NAN), max_size=4)
 
 
-@prop("checkpoint.write_json", "checkpoint.read_config", "checkpoint.changed_flags", examples=60,
+@prop("harness.write_json", "harness.read_config", "harness.changed_flags", examples=60,
       flags=st.dictionaries(names, plain), other=st.dictionaries(names, plain))
 def test_a_config_comes_back_and_knows_every_difference(flags, other):
     with tempfile.TemporaryDirectory() as folder:
@@ -36,17 +38,17 @@ def test_a_config_comes_back_and_knows_every_difference(flags, other):
     assert len(checkpoint.changed_flags(config, other)) == len(differ)
 
 
-@prop("checkpoint.Log", "checkpoint.check_log", examples=60, lines=st.lists(any_line, max_size=5),
+@prop("harness.Log", "harness.check_log", examples=60, lines=st.lists(any_line, max_size=5),
       more=st.lists(any_line, max_size=3), keep=st.integers(0, 5), torn=st.binary(max_size=5))
 def test_a_log_is_cut_at_any_line_and_keeps_the_rest_beside_it(lines, more, keep, torn):
     with tempfile.TemporaryDirectory() as folder:
-        path, log = Path(folder, "log.jsonl"), checkpoint.Log(Path(folder))
+        path, log = Path(folder, "harness.jsonl"), Log(Path(folder))
         sizes = [0, *[log.write(line) for line in lines]]
         log.close()
         whole = path.read_bytes()
         path.write_bytes(whole + torn)
         cut = sizes[min(keep, len(lines))]
-        log = checkpoint.Log(Path(folder), cut)
+        log = Log(Path(folder), cut)
         assert len(log.lines) == min(keep, len(lines))
         for line in more:
             log.write(line)
@@ -58,13 +60,13 @@ def test_a_log_is_cut_at_any_line_and_keeps_the_rest_beside_it(lines, more, keep
         dropped = path.with_name("log.dropped.jsonl")
         assert (dropped.read_bytes() if dropped.exists() else b"") == (whole + torn)[cut:]
         size = path.stat().st_size
-        checkpoint.check_log(Path(folder), size)
+        check_log(Path(folder), size)
         with pytest.raises(ValueError, match=f"log.jsonl has {size} bytes"):
-            checkpoint.check_log(Path(folder), size + 1)
+            check_log(Path(folder), size + 1)
 
 
-@prop("checkpoint.write", "checkpoint.newest", "checkpoint.last_written", "checkpoint.step_of",
-      "checkpoint.what_is_torn", "checkpoint.read", "checkpoint.read_facts", examples=60,
+@prop("harness.write", "harness.newest", "harness.last_written", "harness.step_of",
+      "harness.what_is_torn", "harness.read", "harness.read_facts", examples=60,
       steps=st.lists(st.integers(0, 10**9), min_size=1, max_size=5, unique=True).map(sorted),
       keep=st.integers(1, 3), seed=seeds, place=st.floats(0, 1, exclude_max=True),
       name=st.sampled_from(["student.safetensors", "facts.json", "checksums.json"]))
@@ -90,8 +92,8 @@ def test_any_flipped_bit_is_noticed(steps, keep, seed, place, name):
         assert (left and checkpoint.step_of(left)) == (kept[-2] if len(kept) > 1 else None)
 
 
-@prop("checkpoint.capture", "checkpoint.restore", "checkpoint.random_state",
-      "checkpoint.set_random_state", examples=40, seed=seeds, lr=st.floats(1e-6, 1),
+@prop("harness.capture", "harness.restore", "harness.random_state",
+      "harness.set_random_state", examples=40, seed=seeds, lr=st.floats(1e-6, 1),
       betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)), kind=st.sampled_from(
           [torch.optim.AdamW, torch.optim.Adam]), before=st.integers(0, 3))
 def test_any_optimizer_goes_on_bit_for_bit(seed, lr, betas, kind, before):
@@ -121,7 +123,7 @@ def test_any_optimizer_goes_on_bit_for_bit(seed, lr, betas, kind, before):
     assert one[2].get_last_lr() == two[2].get_last_lr()
 
 
-@prop("checkpoint.Interruptions", "checkpoint.Stop", examples=60,
+@prop("harness.Interruptions", "harness.Stop", examples=60,
       events=st.lists(st.sampled_from(["hold", "release", *sorted(checkpoint.STOPS)]), max_size=8))
 def test_a_stop_is_raised_once_at_the_first_moment_that_is_not_held(events):
     held, waiting, expected = False, None, None
@@ -133,21 +135,21 @@ def test_a_stop_is_raised_once_at_the_first_moment_that_is_not_held(events):
             break
     reached = -1
     try:
-        with checkpoint.Interruptions() as signals:
+        with Interruptions() as signals:
             for reached, event in enumerate(events):  # noqa: B007
                 if event.startswith("SIG"):
                     os.kill(os.getpid(), getattr(signal, event))
                 else:
                     getattr(signals, event)()
-    except checkpoint.Stop as stop:
+    except Stop as stop:
         assert (reached, str(stop)) == expected
         assert stop.exit_code == {"SIGTERM": 0, "SIGINT": 130, "SIGHUP": 129}[str(stop)]
     else:
         assert expected is None
 
 
-@prop("checkpoint.write_fault", "checkpoint.first_fault", "checkpoint.forget_faults",
-      "checkpoint.replace_folder", "train.together", examples=30,
+@prop("harness.write_fault", "harness.first_fault", "harness.forget_faults",
+      "harness.replace_folder", "train.together", examples=30,
       texts=st.lists(st.text("abc: ", min_size=1).filter(str.strip), min_size=1, max_size=4))
 def test_the_first_error_is_kept_and_results_are_replaced_whole(texts):
     with tempfile.TemporaryDirectory() as folder:

@@ -13,13 +13,13 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from runs import read_log, run_command
 from safetensors.torch import load_file
 from test_benchmarks import load_benchmark
-from test_train import read_log, run_command
 
-import checkpoint
-import preparing
 import train
+from harness import checkpoint, pair
+from harness.log import Log
 
 soak = load_benchmark("soak")
 ROOT = Path(train.__file__).parent
@@ -99,12 +99,12 @@ def new(*args, **options):
     [
         ("train.sample", 2, "SIGTERM"),
         ("train.evaluate.sample_answers", 2, "SIGINT"),
-        ("train.grading.grade", 1, "SIGTERM"),
+        ("train.score", 1, "SIGTERM"),
         ("train.update", 4, "SIGHUP"),
         ("after train.torch.optim.AdamW.step", 4, "SIGTERM"),  # ahead of the log: it waits
-        ("after train.checkpoint.Log.write", 5, "SIGTERM"),  # the position is not noted yet: waits
-        ("train.checkpoint.write", 1, "SIGINT"),  # so does it while a checkpoint is written
-        ("train.save_student", 1, "SIGTERM"),  # too late: the run is done
+        ("after train.harness.log.Log.write", 5, "SIGTERM"),  # the position is not noted yet: waits
+        ("train.harness.checkpoint.write", 1, "SIGINT"),  # so does it while a checkpoint is written
+        ("train.harness.checkpoint.replace_folder", 1, "SIGTERM"),  # too late: the run is done
     ],
 )
 def test_a_signal_writes_a_checkpoint_and_resume_goes_on(where, call, name, whole, tmp_path):
@@ -115,7 +115,7 @@ def test_a_signal_writes_a_checkpoint_and_resume_goes_on(where, call, name, whol
     done = run(cwd=tmp_path, code=code, fails=name != "SIGTERM")
     assert done.returncode == {"SIGTERM": 0, "SIGINT": 130, "SIGHUP": 129}[name]
     finished = (tmp_path / "run" / "student").exists()
-    assert finished == (where == "train.save_student")
+    assert finished == (where == "train.harness.checkpoint.replace_folder")
     last = done.stderr.replace("\r", "\n").strip().splitlines()
     assert "Traceback" not in done.stderr
     if not finished:
@@ -151,17 +151,18 @@ NOISY = """
 import os, random
 import numpy as np
 import torch
+import torch.distributed as dist
 rank = int(os.environ.get("RANK", 0))
 torch.manual_seed(rank), random.seed(rank), np.random.seed(rank)
-old = train.metrics.log_line
+old = train.harness.log.log_line
 def log_line(*args):
     noise = [[torch.rand(()).item(), random.random(), np.random.rand()]]
-    if train.dist.is_initialized():
+    if dist.is_initialized():
         noise = [None] * 2
         mine = [torch.rand(()).item(), random.random(), np.random.rand()]
-        train.dist.all_gather_object(noise, mine)
+        dist.all_gather_object(noise, mine)
     return old(*args) | {"noise": noise}
-train.metrics.log_line = log_line
+train.harness.log.log_line = log_line
 """
 
 
@@ -230,7 +231,7 @@ def test_resume_refuses_in_one_line(begun, flags, tmp_path, monkeypatch, capsys)
     place, command = begun
     shutil.copytree(place, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
-    monkeypatch.setattr(preparing, "load_models", None)  # not reached
+    monkeypatch.setattr(pair, "load_models", None)  # not reached
     run, culprit = Path("run"), REFUSED.get(flags, "")
     if flags == "problems":
         Path("p.jsonl").write_text(Path("p.jsonl").read_text() + '\n{"problem": "?"}')
@@ -267,14 +268,14 @@ def test_another_number_of_processes_goes_on_and_says_so(whole, tmp_path):
 
 # ------------------------------------------------------------------------------------------ faults
 NONSENSE = """
-old, calls = train.grading.grade, [0]
-def grade(*args, **options):
-    grades = old(*args, **options)
+old, calls = train.score, [0]
+def score(*args, **options):
+    scores = old(*args, **options)
     calls[0] += 1
     if calls[0] in {steps}:
-        grades.{field}[1, -9:] = {value}
-    return grades
-train.grading.grade = grade
+        scores.{field}[1, -9:] = {value}
+    return scores
+train.score = score
 """
 
 
@@ -388,7 +389,7 @@ def test_bad_input_that_only_one_rank_has_is_said_by_rank_0(tmp_path):
     def load_models(*args):
         raise ValueError("cannot see /data/teacher")
     if os.environ["RANK"] == "1":
-        train.preparing.load_models = load_models
+        train.harness.pair.load_models = load_models
     """
     (code_0, first), (code_1, second) = ranks(code, tmp_path)
     assert code_0 == code_1 == 2
@@ -404,21 +405,21 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(full, whole, tmp_
     from pathlib import Path
     if {full!r} == "log.jsonl":
         import builtins
-        old, calls = train.checkpoint.Log.write, [0]
+        old, calls = train.harness.log.Log.write, [0]
         def write(self, line):
             calls[0] += 1
             if calls[0] == 6:  # of step 4
                 raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
             return old(self, line)
-        train.checkpoint.Log.write = write
+        train.harness.log.Log.write = write
     elif {full!r} == "checkpoint":
-        old = train.checkpoint.save_file
+        old = train.harness.checkpoint.save_file
         def save_file(tensors, path):
             if "step-00000006" in str(path):
                 Path(path).write_bytes(b"half")
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
             return old(tensors, path)
-        train.checkpoint.save_file = save_file
+        train.harness.checkpoint.save_file = save_file
     else:
         from transformers import PreTrainedModel
         def save_pretrained(self, folder, **options):
@@ -459,7 +460,7 @@ def test_two_processes_do_not_write_one_run(tmp_path):
                 "train.py: error: --out run: another process is writing this run"
             )
         with pytest.raises(BlockingIOError):
-            checkpoint.Log(tmp_path / "run")
+            Log(tmp_path / "run")
         assert len(log.read_text().splitlines()) == 1, "a log that somebody else has is not cut"
     finally:
         first.kill()

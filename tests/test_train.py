@@ -4,9 +4,7 @@ commands on real folders, its refusals."""
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,18 +13,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import tiny_model, write_model
+from runs import ALL, bare_run, make_run, parse, read_log, run_command, sample, score, spy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import grading
+import evaluate
 import harness
 import lgr
-import metrics
-import preparing
+import masks
 import rollout
 import teachability
 import toy
 import train
-from flags import METHODS, parse
+from harness import log
 
 ROOT = Path(train.__file__).parent
 TOY = ["--toy", "horizon", "--difficulty", "6"]
@@ -42,8 +40,8 @@ def enumerate_sequences(vocabulary: int, longest: int, stop: int):
                 yield list(ids)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.7])
-def test_expected_policy_gradient_is_that_of_the_reverse_kl_minus_the_expected_reward(gamma):
+@pytest.mark.parametrize("gamma, fast", [(0.0, "on"), (0.7, "on"), (0.7, "off")])
+def test_expected_policy_gradient_is_that_of_the_reverse_kl_minus_the_expected_reward(gamma, fast):
     """V = 4, up to 3 tokens, all 40 responses, float64.  The expectation of the sampled estimator
     equals the gradient of sum over prefixes p(prefix) [KL(p_S(.|prefix) || p_T(.|prefix)) - gamma
     sum_v p_S(v|prefix) r(v)], with the prefix distribution held fixed: what "token-level reverse
@@ -59,17 +57,20 @@ def test_expected_policy_gradient_is_that_of_the_reverse_kl_minus_the_expected_r
     column_T = torch.arange(T)
     mask_BT = (column_T >= len(prompt)) & (column_T < length_B)
     with torch.no_grad():
-        teacher_logp_BT = preparing.StudentLogProbs(teacher, V, 1.0)(ids_BT, mask_BT)
+        teacher_logp_BT = bare_run(teacher, vocab_size=V).student(ids_BT, mask_BT)
         group_BTK = student(ids_BT).logits.topk(2).indices.roll(1, dims=1)
     confidence_BTK = lgr.lookahead_confidence(teacher, ids_BT, mask_BT, mask_BT, group_BTK)
     reward_BT = lgr.sampled_reward(lgr.group_reward(confidence_BTK), group_BTK, ids_BT)
-    wrapped = preparing.StudentLogProbs(student, V, 1.0)
-    logp_BT = wrapped(ids_BT, mask_BT)
-    probability_B = logp_BT.detach().sum(1).exp()
+    run = bare_run(student, "--fast", fast, vocab_size=V)
+    with torch.no_grad():
+        logp_BT = run.student(ids_BT, mask_BT)
+    probability_B = logp_BT.sum(1).exp()
     assert abs(probability_B.sum() - 1) < 1e-12
-    advantage_BT = teacher_logp_BT - logp_BT.detach() + gamma * reward_BT
-    weight_BT = probability_B[:, None] * mask_BT  # the expectation, not a sample
-    train.policy_gradient_loss(logp_BT, advantage_BT, weight_BT).backward()
+    A_BT = teacher_logp_BT - logp_BT + gamma * reward_BT
+    w_BT = probability_B[:, None] * mask_BT  # the expectation, not a sample
+    batch = rollout.Rollout(ids_BT, mask_BT, logp_BT, None, None, None)
+    scores = train.Scores(ids_BT.shape, keep_BT=mask_BT)
+    train.loss_of(run, batch, scores, A_BT, w_BT, ALL).backward()
     estimator = [p.grad.clone() for p in student.parameters()]
 
     student.zero_grad()
@@ -100,37 +101,37 @@ def test_expected_policy_gradient_is_that_of_the_reverse_kl_minus_the_expected_r
 
 
 def test_ratio_form_starts_at_the_plain_gradient_and_then_clips():
-    logp = torch.tensor([[-1.0, -2.0, -0.5]], requires_grad=True)
-    advantage, weight = torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[0.5, 0.25, 0.25]])
-    plain = torch.autograd.grad(train.policy_gradient_loss(logp, advantage, weight), logp)[0]
-    ratio = train.policy_gradient_loss(logp, advantage, weight, logp.detach())
-    assert torch.allclose(torch.autograd.grad(ratio, logp)[0], plain)
+    model, ids_BT = tiny_model("qwen3"), torch.tensor([[3, 5, 7, 9]])
+    mask_BT = torch.tensor([[False, True, True, True]])
+    A_BT, w_BT = torch.tensor([[0, 1.0, -2.0, 0.5]]), torch.tensor([[0, 0.5, 0.25, 0.25]])
+    scores = train.Scores(ids_BT.shape, keep_BT=mask_BT)
+
+    def gradient(behaviour_BT, *flags):
+        run = bare_run(model, *flags, vocab_size=61)
+        batch = rollout.Rollout(ids_BT, mask_BT, behaviour_BT, None, None, None)
+        logp_BT = run.student(ids_BT, mask_BT).detach().requires_grad_()
+        run.student = lambda *_, **__: logp_BT
+        train.loss_of(run, batch, scores, A_BT, w_BT, ALL).backward()
+        return logp_BT.detach(), logp_BT.grad
+
+    logp_BT, plain_BT = gradient(None)
+    assert torch.allclose(plain_BT, -w_BT * A_BT)
+    two = "--updates-per-rollout", "2"
+    assert torch.allclose(gradient(logp_BT, *two)[1], plain_BT)
     # moved past the bounds in the direction of the advantage: no gradient; the other way: gradient
-    behaviour = logp.detach() - torch.tensor([[0.3, -0.3, -0.3]])
-    moved = train.policy_gradient_loss(logp, advantage, weight, behaviour, (0.2, 0.28))
-    gradient = torch.autograd.grad(moved, logp)[0]
-    assert gradient[0, 0] == 0 and gradient[0, 1] == 0 and gradient[0, 2] != 0
-    inside = train.policy_gradient_loss(logp, advantage, weight, behaviour, (0.9, 9.0))
-    assert (torch.autograd.grad(inside, logp)[0] != 0).all()
-
-
-def make_run(*flags, student=None, teacher=None):
-    """A prepared and loaded run of one process, without its folder."""
-    argv = [*flags]
-    for flag, value in (("--student", student), ("--teacher", teacher)):
-        argv += [flag, str(value)] if value else []
-    _, args = parse(argv)
-    run = preparing.prepare(args, 0, 1)
-    preparing.load_models(run, torch.device("cpu"))
-    return run
+    behaviour_BT = logp_BT - torch.tensor([[0, 0.3, -0.3, -0.3]])
+    clipped_BT = gradient(behaviour_BT, *two, "--clip-low", "0.2", "--clip-high", "0.28")[1]
+    assert clipped_BT[0, 1] == 0 and clipped_BT[0, 2] == 0 and clipped_BT[0, 3] != 0
+    inside_BT = gradient(behaviour_BT, *two, "--clip-low", "0.9", "--clip-high", "9")[1]
+    assert (inside_BT[0, 1:] != 0).all()
 
 
 def test_student_equal_to_teacher_learns_nothing():
     """PEERS' cheapest sanity check: advantage, loss and gradient are 0 (float32 noise)."""
     world = toy.world("clean")
     run = make_run(*SHORT, "--difficulty", "4", student=world.student, teacher=world.student)
-    batch = train.sample(run, 0)
-    advantage = grade(run, batch).logp_BT - batch.logp_BT
+    batch = sample(run, 0)
+    advantage = score(run, batch).logp_BT - batch.logp_BT
     assert advantage[batch.response_mask_BT].abs().max() < 1e-4
     line = train.train_step(run, 0)
     assert abs(line["loss"]) < 1e-5 and abs(line["reverse_kl"]) < 1e-5 and line["grad_norm"] < 1e-3
@@ -148,12 +149,6 @@ def test_clamped_advantages_and_warm_up():
     assert math.isclose(run.optimizer.param_groups[0]["lr"], 4e-4)
 
 
-def grade(run, batch):
-    """Phases 2 and 3 of a step."""
-    return grading.grade(run.teacher, batch, run.args, sentences=run.sentences,
-                         vocab_size=run.vocab_size, lap=lambda phase: None)
-
-
 def teacher_logprobs(run, batch, row):
     """[T, V] by a plain forward of one unpadded row; entry t describes token t, entry 0 is 0."""
     used = int(batch.response_mask_BT[row].nonzero().max()) + 1
@@ -165,8 +160,8 @@ def teacher_logprobs(run, batch, row):
 def test_teacher_scores_equal_a_plain_forward():
     run = make_run("--toy", "fork", *SHORT, "--method", "lgr_topk", "--union-top-k", "3",
                    "--lgr-top-k", "2", "--micro-batch", "2")
-    batch = train.sample(run, 0)
-    grades = grade(run, batch)
+    batch = sample(run, 0)
+    grades = score(run, batch)
     assert grades.union_BTU.shape[2] == 6 and batch.topk_ids_BTK.shape[2] == 3
     for row in range(5):
         here_T = batch.response_mask_BT[row].nonzero()[:, 0]
@@ -185,22 +180,24 @@ def test_teacher_scores_equal_a_plain_forward():
 def test_lookahead_happens_where_the_student_hesitates_and_supervision_is_kept(method):
     run = make_run("--toy", "fork", "--prompts-per-step", "12", "--method", method,
                    "--micro-batch", "5", "--lgr-tau", "0.3", "--lgr-nodes", "50")
-    batch = train.sample(run, 0)
-    grades = grade(run, batch)
-    ahead, keep_BT = grades.ahead, grades.choice.keep_BT
-    assert torch.equal(ahead.trigger_BT, (batch.entropy_BT > 0.3) & keep_BT)
+    batch = sample(run, 0)
+    scores = score(run, batch)
+    keep_BT = scores.keep_BT
+    assert torch.equal(scores.trigger_BT, (batch.entropy_BT > 0.3) & keep_BT)
     if method == "release+lgr":
         horizon = make_run("--toy", "horizon", "--prompts-per-step", "12", "--method", method)
-        beyond = train.sample(horizon, 0)
-        cut = grade(horizon, beyond)
-        assert (cut.choice.keep_BT.sum(1) < beyond.response_mask_BT.sum(1)).all()
-        wanted_BT = (beyond.entropy_BT > 0.2) & cut.choice.keep_BT
-        assert torch.equal(cut.ahead.trigger_BT, wanted_BT)
-        assert not cut.ahead.reward_BT[~cut.choice.keep_BT].any()
-    assert ahead.trigger_BT.any() and ahead.reward_BT.any() and ahead.reward_BTK is None
-    assert not ahead.reward_BT[~ahead.trigger_BT].any()
+        beyond = sample(horizon, 0)
+        cut = score(horizon, beyond)
+        assert (cut.keep_BT.sum(1) < beyond.response_mask_BT.sum(1)).all()
+        wanted_BT = (beyond.entropy_BT > 0.2) & cut.keep_BT
+        assert torch.equal(cut.trigger_BT, wanted_BT)
+        assert not cut.reward_BTK[~cut.keep_BT].any()
+    group_BTK = batch.topk_ids_BTK[..., :8]
+    reward_BT = lgr.sampled_reward(scores.reward_BTK, group_BTK, batch.ids_BT)
+    assert scores.trigger_BT.any() and reward_BT.any()
+    assert not scores.reward_BTK[~scores.trigger_BT].any()
     seen = 0
-    for row, t in ahead.trigger_BT.nonzero().tolist()[::7]:
+    for row, t in scores.trigger_BT.nonzero().tolist()[::7]:
         group = batch.topk_ids_BTK[row, t, :8].tolist()
         confidence = []
         for token in group:
@@ -209,27 +206,13 @@ def test_lookahead_happens_where_the_student_hesitates_and_supervision_is_kept(m
                 confidence.append(run.teacher(path).logits[0, -1].softmax(-1).max())
         confidence = torch.stack(confidence).double()
         spread = confidence.std()
-        assert abs(ahead.spread_BT[row, t] - spread) < 1e-5
+        assert abs(scores.spread_BT[row, t] - spread) < 1e-5
         token = int(batch.ids_BT[row, t])
-        assert bool(ahead.outside_BT[row, t]) == (token not in group)
         if token in group and spread > 1e-2:  # below that rounding decides
             reward = (confidence[group.index(token)] - confidence.mean()) / (spread + 1e-6)
-            assert abs(ahead.reward_BT[row, t] - reward) < 1e-3
+            assert abs(reward_BT[row, t] - reward) < 1e-3
             seen += 1
     assert seen >= 3
-
-
-def spy(monkeypatch, module, name):
-    """Let every call through, and keep (arguments by name, result)."""
-    original, calls = getattr(module, name), []
-
-    def wrapped(*args, **named):
-        result = original(*args, **named)
-        calls.append((named, result))
-        return result
-
-    monkeypatch.setattr(module, name, wrapped)
-    return calls
 
 
 def test_lookahead_flags_and_the_trunk_reach_their_place(monkeypatch):
@@ -241,14 +224,14 @@ def test_lookahead_flags_and_the_trunk_reach_their_place(monkeypatch):
                    "--lgr-eps", "0.5")
     looked.clear()
     run.vocab_size = 150
-    batch = train.sample(run, 0)
+    batch = sample(run, 0)
     trunks, leaves = [], []
 
     def note(module, args, named):
         (leaves if "past_key_values" in named else trunks).append(named)
 
     hook = run.teacher.base_model.register_forward_pre_hook(note, with_kwargs=True)
-    grade(run, batch)
+    score(run, batch)
     hook.remove()
     assert len(trunks) == len(looked) == len(rewarded) == 3
     assert leaves and max(named["input_ids"].numel() for named in leaves) <= 30
@@ -260,11 +243,12 @@ def test_lookahead_flags_and_the_trunk_reach_their_place(monkeypatch):
 
 def test_what_a_step_logs_about_lookahead(monkeypatch):
     """Recomputed from the tensors of the step, token by token."""
-    batches, graded = spy(monkeypatch, train, "sample"), spy(monkeypatch, grading, "grade")
+    batches, scored = spy(monkeypatch, train, "sample"), spy(monkeypatch, train, "score")
     run = make_run("--toy", "fork", "--prompts-per-step", "24", "--method", "lgr",
                    "--lgr-gamma", "0.5", "--lgr-top-k", "3")
     line = train.train_step(run, 0)
-    batch, ahead = batches[0][1], graded[0][1].ahead
+    (batch, _), scores = batches[0][1], scored[0][1]
+    reward_BT = lgr.sampled_reward(scores.reward_BTK, batch.topk_ids_BTK, batch.ids_BT)
     fidelity, triggered, outside, bonus, spread = [[], [], [], []], 0, 0, [], []
     for row, mask_T in enumerate(batch.response_mask_BT):
         here = mask_T.nonzero()[:, 0].tolist()
@@ -276,8 +260,8 @@ def test_what_a_step_logs_about_lookahead(monkeypatch):
             if batch.entropy_BT[row, t] > 0.2:
                 triggered += 1
                 outside += int(batch.ids_BT[row, t]) not in batch.topk_ids_BTK[row, t].tolist()
-                bonus.append(0.5 * ahead.reward_BT[row, t].item())
-                spread.append(ahead.spread_BT[row, t].item())
+                bonus.append(0.5 * reward_BT[row, t].item())
+                spread.append(scores.spread_BT[row, t].item())
     assert outside > 0 and line["outside_group"] == outside / triggered
     assert line["triggered"] == triggered / int(batch.response_mask_BT.sum())
     assert math.isclose(line["bonus"], sum(bonus) / triggered, rel_tol=1e-4)
@@ -301,9 +285,9 @@ def test_a_teacher_that_fails_the_self_check_is_refused(monkeypatch):
 
 def test_the_wording_is_reported_for_the_worlds_own_problems_only():
     run = make_run("--toy", "fork", *SHORT)
-    assert 0 < train.evaluate_student(run, 0)["uncertain_wording"] < 1
+    assert 0 < evaluate.on_held_out(run, 0)["uncertain_wording"] < 1
     run.args.eval_problems = "mine.jsonl"
-    assert "uncertain_wording" not in train.evaluate_student(run, 0)
+    assert "uncertain_wording" not in evaluate.on_held_out(run, 0)
 
 
 def test_the_bonus_reaches_the_advantage_once_and_the_clip_does_not_touch_it():
@@ -325,14 +309,15 @@ def test_topk_update_equals_the_objective_written_out(mask):
     run = make_run("--toy", "fork", *SHORT, "--method", "lgr_topk", "--mask", mask, "--lr", "1e-9",
                    "--union-top-k", "5", "--lgr-top-k", "4", "--lgr-gamma", "0.6",
                    "--clip-grad", "0", "--micro-batch", "2", "--min-segments", "1")
-    batch = train.sample(run, 0)
-    grades = grade(run, batch)
-    keep_BT, gamma = grades.choice.keep_BT, 0.6
+    batch = sample(run, 0)
+    scores = score(run, batch)
+    keep_BT, gamma = scores.keep_BT, 0.6
+    scores.gamma = gamma
     if mask == "release":  # cut one by hand, whatever the rule thinks of so short a text
         keep_BT[1, int(keep_BT[1].nonzero().min()) + 9 :] = False
-        grades.ahead.reward_BTK[~keep_BT] = 0.0
+        scores.reward_BTK[~keep_BT] = 0.0
     weight_BT = keep_BT / keep_BT.sum()
-    loss, norm = train.update(run.student, run.optimizer, batch, grades, None, weight_BT, run.args)
+    loss, norm, _ = train.update(run, batch, scores, weight_BT, weight_BT)
     mine = [p.grad.clone() for p in run.model.parameters()]
 
     run.model.zero_grad()
@@ -347,9 +332,9 @@ def test_topk_update_equals_the_objective_written_out(mask):
             log_s = student_TV[t - 1, union].log_softmax(-1)
             log_t = teacher_TV[t, union].log_softmax(-1)
             reward = torch.zeros(len(union))
-            if grades.ahead.trigger_BT[row, t]:
+            if scores.trigger_BT[row, t]:
                 for place, token in enumerate(own[:4]):
-                    reward[union.index(token)] = grades.ahead.reward_BTK[row, t, place]
+                    reward[union.index(token)] = scores.reward_BTK[row, t, place]
             total = total + (log_s.exp() * (log_s - log_t - gamma * reward)).sum()
     (total / keep_BT.sum()).backward()
     assert math.isclose(loss, total.item() / int(keep_BT.sum()), rel_tol=1e-4, abs_tol=1e-6)
@@ -357,33 +342,28 @@ def test_topk_update_equals_the_objective_written_out(mask):
         assert torch.allclose(a, p.grad, rtol=1e-3, atol=1e-5 * norm)
 
 
-def only_mask(keep_BT):
-    """Grades that say nothing but which tokens to supervise."""
-    return grading.Grades(None, None, grading.Supervision(keep_BT, None, None))
-
-
 @pytest.mark.parametrize("updates", [1, 2])
 def test_update_cuts_off_what_was_released_and_changes_nothing(updates):
     """Cut columns, left-out rows and micro-batches give the gradient of one full forward."""
     run = make_run(*TOY, *SHORT, "--micro-batch", "2", "--updates-per-rollout", str(updates),
                    "--clip-grad", "0", "--lr", "1e-9")
-    batch = train.sample(run, 0)
+    batch = sample(run, 0)
     B, T = batch.ids_BT.shape
     advantage = torch.randn(B, T, generator=torch.Generator().manual_seed(0))
     keep = batch.response_mask_BT.clone()
     keep[0] = False
     for row in range(1, B):
         keep[row, int(keep[row].nonzero().min()) + 7 * row :] = False
-    weight = train.token_weights(batch.response_mask_BT, keep, "batch", 100, float(keep.sum()))
-    grades = only_mask(keep)
-    loss, norm = train.update(
-        run.student, run.optimizer, batch, grades, advantage, weight, run.args
+    weight = train.token_weights(
+        batch.response_mask_BT.float(), keep.float(), "batch", 100, float(keep.sum())
     )
+    scores = train.Scores(keep.shape, keep_BT=keep)
+    loss, norm, _ = train.update(run, batch, scores, advantage, weight)
     cut = [p.grad.clone() for p in run.model.parameters()]
     run.model.zero_grad()
     logp = run.student(batch.ids_BT, batch.response_mask_BT)
-    behaviour = batch.logp_BT if updates > 1 else None
-    full = train.policy_gradient_loss(logp, advantage, weight, behaviour)
+    factor = (logp - batch.logp_BT).exp() if updates > 1 else logp  # within the clip's bounds
+    full = -(weight * advantage * factor).sum()
     full.backward()
     assert abs(loss - full.item()) < 1e-5
     for mine, right in zip(cut, run.model.parameters(), strict=True):
@@ -409,7 +389,9 @@ def test_release_mask_follows_the_margin():
     segments = [teachability.token_segments(tokenizer, ids_T, run.splitter)]
 
     def supervise(candidates):
-        return grading.supervise(batch, candidates, None, segments, run.args)
+        seen = {"response_mask_BT": batch.response_mask_BT, "candidate_logp_BTK": candidates,
+                "segments": segments, "entropy_BT": batch.entropy_BT}
+        return masks.apply(run.args.mask, seen | vars(run.args))
 
     choice = supervise(candidates)
     assert choice.released_B.tolist() == [True] and choice.gain_B[0] > 6
@@ -436,8 +418,8 @@ def test_the_rule_finds_the_toy_teachers_horizon(world):
     released right there (7 sentences in), with a gain above 6; behind one that is never lost the
     rule still fires on some (it takes any gain above 0), but late and with small gains."""
     run = make_run("--toy", world, "--prompts-per-step", "60")
-    batch = train.sample(run, 0)
-    choice = grade(run, batch).choice
+    batch = sample(run, 0)
+    choice = score(run, batch)
     significant = (choice.gain_B > 6).float().mean()
     kept = choice.keep_BT.sum() / batch.response_mask_BT.sum()
     if world == "clean":
@@ -471,24 +453,19 @@ def one_update(rank, world, folder):
         meeting = f"file://{folder}/meeting"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     torch.set_num_threads(1)
-    _, args = parse(["--micro-batch", "1", "--updates-per-rollout", "2"])
-    student = preparing.StudentLogProbs(tiny_model("qwen3"), 61, 1.0)
-    if world > 1:
-        student = torch.nn.parallel.DistributedDataParallel(student)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    flags = ["--micro-batch", "1", "--updates-per-rollout", "2", "--lr", "0.1"]
+    run = bare_run(tiny_model("qwen3"), *flags, vocab_size=61, rank=rank, world=world)
     batch, advantage, keep = crafted()
-    weight = train.token_weights(batch.response_mask_BT, keep, "batch", 40, 11)
+    mask = batch.response_mask_BT.float()
+    weight = train.token_weights(mask, keep.float(), "batch", 40, 11)
     mine = slice(2 * rank, 2 * rank + 2) if world > 1 else slice(0, 4)
     batch = rollout.Rollout(batch.ids_BT[mine], batch.response_mask_BT[mine], batch.logp_BT[mine],
                             None, None, None)
-    numbers = [
-        train.update(
-            student, optimizer, batch, only_mask(keep[mine]), advantage[mine], weight[mine], args
-        )
-        for _ in range(2)
-    ]
+    scores = train.Scores(keep[mine].shape, keep_BT=keep[mine])
+    numbers = [train.update(run, batch, scores, advantage[mine], weight[mine]) for _ in range(2)]
     if rank == 0:
-        torch.save((numbers, [p.detach() for p in student.parameters()]), folder / f"{world}.pt")
+        weights = [p.detach() for p in run.student.parameters()]
+        torch.save((numbers, weights), folder / f"{world}.pt")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -504,25 +481,6 @@ def test_two_processes_equal_one_with_uneven_counts(tmp_path):
     assert abs(one[0][0] - one[1][0]) > 1e-3, "the first update must change the second loss"
     for a, b in zip(weights, others, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
-def run_command(*command, cwd, fails=False):
-    """Run a command in `cwd`; on an unexpected exit show the end of what it printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment, text=True,
-                          capture_output=True, timeout=300)
-    if (done.returncode != 0) != fails:
-        shown = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        pytest.fail(f"{command}\nexit {done.returncode}\n{shown}")
-    return done
-
-
-def read_log(folder):
-    """Training lines and evaluation lines of a run."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [x for x in lines if "loss" in x], [x for x in lines if "accuracy" in x]
 
 
 @pytest.mark.parametrize("method", ["release", "lgr", "lgr_topk", "release+lgr", "random", "rkl"])
@@ -641,7 +599,9 @@ BASE = "--student model --teacher model --problems good.jsonl --max-new-tokens 2
         ("--steps many", "many"),
         ("--micro-batch -1", "--micro-batch: must be at least 0, not -1"),
         ("--tokens-per-micro-batch 0.5", "--tokens-per-micro-batch"),
-        ("--sentence-workers -1", "--sentence-workers: must be at least 0, not -1"),
+        ("--sentence-workers 1", "--sentence-workers"),
+        ("--fast maybe", "maybe"),
+        ("--preset magic", "magic"),
         ("--temperature 0", "--temperature"),
         ("--lr nan", "--lr"),
         ("--margin-top-k 260", "--margin-top-k 260 exceeds the vocabulary of 259"),
@@ -650,7 +610,7 @@ BASE = "--student model --teacher model --problems good.jsonl --max-new-tokens 2
         ("--method lgr --lgr-top-k 260", "--lgr-top-k 260 exceeds the vocabulary of 259"),
         ("--lgr-top-k 1", "--lgr-top-k: must be at least 2, not 1"),
         ("--method lgr_topk --union-top-k 260", "--union-top-k 260 exceeds the vocabulary of 259"),
-        ("--method lgr_topk --lgr-top-k 9 --union-top-k 8", "--lgr-top-k 9 exceeds --union"),
+        ("--method lgr_topk --lgr-top-k 9 --union-top-k 8", "--lgr-top-k 9 exceeds --union-top"),
         ("--lgr-signal loudness", "loudness"),
         ("--lgr-normalize max", "max"),
         ("--lgr-gamma -1", "--lgr-gamma"),
@@ -660,7 +620,7 @@ BASE = "--student model --teacher model --problems good.jsonl --max-new-tokens 2
         ("--objective ppo", "ppo"),
         ("--method rkl --lookahead on", "--objective rkl has no place for the reward"),
         ("--method jsd --jsd-beta 1", "--jsd-beta"),
-        ("--method opd --prefix-tokens 9", "--prefix-tokens 9 needs --mask prefix, not none"),
+        ("--method opd --prefix-tokens 9", "--prefix-tokens 9 needs --mask prefix"),
         ("--method prefix --prefix-tokens 1.5", "--prefix-tokens"),
         ("--method random --budget own", "--budget own needs --mask std, not random"),
         ("--method shuffled --margin-top-k 260", "--margin-top-k 260 exceeds the vocabulary"),
@@ -696,25 +656,25 @@ def test_bad_input_to_the_real_command(folders, flags):
 
 # ------------------------------------------------------------------------------------ small pieces
 def test_batches_walk_through_every_problem_once_per_epoch():
-    steps = [train.batch_order(10, step * 4, 4, seed=5) for step in range(5)]
+    steps = [harness.batch_order(10, step * 4, 4, seed=5) for step in range(5)]
     flat = [i for step in steps for i in step]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
-    assert train.batch_order(3, 0, 8, seed=0) == sum(
-        (train.batch_order(3, 3 * e, 3, seed=0) for e in range(3)), []
+    assert harness.batch_order(3, 0, 8, seed=0) == sum(
+        (harness.batch_order(3, 3 * e, 3, seed=0) for e in range(3)), []
     )[:8]
 
 
 def test_row_generator_stands_where_one_process_would_be():
-    whole = torch.rand(7, 5, dtype=torch.float64, generator=train.row_generator(3, 1, 0, 5))
-    part = torch.rand(4, 5, dtype=torch.float64, generator=train.row_generator(3, 1, 3, 5))
+    whole = torch.rand(7, 5, dtype=torch.float64, generator=harness.row_generator(3, 1, 0, 5))
+    part = torch.rand(4, 5, dtype=torch.float64, generator=harness.row_generator(3, 1, 3, 5))
     assert torch.equal(whole[3:], part)
-    other = torch.rand(7, 5, dtype=torch.float64, generator=train.row_generator(3, 2, 0, 5))
+    other = torch.rand(7, 5, dtype=torch.float64, generator=harness.row_generator(3, 2, 0, 5))
     assert not torch.equal(whole, other)
 
 
 def test_shares_cover_all_rows_once():
     for count, world in ((5, 2), (7, 3), (3, 3), (24, 5)):
-        shares = [list(train.my_share(count, rank, world)) for rank in range(world)]
+        shares = [list(harness.my_share(count, rank, world)) for rank in range(world)]
         assert sum(shares, []) == list(range(count))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -738,24 +698,23 @@ def test_a_prompt_with_a_token_of_one_tokenizer_only_is_refused(folders, tmp_pat
     problems.write_text('{"problem": "plain"}\n{"problem": "now <think> hard"}\n')
     flags = ["--problems", str(problems), "--max-new-tokens", "8"]
     flags += ["--student", str(student), "--teacher", str(folders / "model")]
-    _, args = parse(flags)
     with pytest.raises(ValueError, match="p.jsonl:2: the prompt holds '<think>'"):
-        preparing.prepare(args, 0, 1)
+        make_run(*flags)
 
 
 def test_a_world_sets_its_difficulty_and_that_the_length():
     for world, moves in (("horizon", 12), ("fork", 6), ("fork-mirror", 2)):
-        _, args = parse(["--toy", world])
+        args = parse(["--toy", world])
         assert (args.difficulty, args.max_new_tokens) == (moves, toy.response_limit(moves))
-    assert parse(["--toy", "fork", "--difficulty", "3"])[1].difficulty == 3
+    assert parse(["--toy", "fork", "--difficulty", "3"]).difficulty == 3
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(train.METHODS))
 def test_flags_override_the_parts_of_a_preset(method):
-    own = vars(parse(["--method", method])[1])
-    assert {k: own[k] for k in ("objective", "mask", "lookahead")} == vars(METHODS[method])
+    own = parse(["--method", method])
+    assert (own.objective, own.mask, own.lookahead) == train.METHODS[method]
     flags = ["--objective", "topk", "--mask", "release", "--lookahead", "off"]
-    args = parse(["--method", method, *flags])[1]
+    args = parse(["--method", method, *flags])
     assert (args.objective, args.mask, args.lookahead) == ("topk", "release", "off")
 
 
@@ -765,13 +724,13 @@ def test_candidates_needed():
                          ("lgr_topk", 20), ("release --margin-top-k 3", 3), ("shuffled", 4),
                          ("prefix --prefix-tokens 9", 1), ("std --budget own", 1), ("jsd", 1)):
         run = make_run("--toy", "fork", *SHORT, "--difficulty", "1", "--method", *flags.split())
-        assert train.sample(run, 0).topk_ids_BTK.shape[2] == count
+        assert sample(run, 0).topk_ids_BTK.shape[2] == count
 
 
 def test_config_without_git(monkeypatch):
     run = make_run(*TOY, *SHORT)
     monkeypatch.setenv("PATH", "")
-    assert preparing.describe(run)["commit"] is None
+    assert run.describe()["commit"] is None
 
 
 def test_a_head_that_is_no_plain_matrix_is_refused():
@@ -789,15 +748,15 @@ def test_repeated_ngrams_equal_a_set_of_tuples():
     for length, vocabulary in ((0, 5), (3, 5), (4, 5), (50, 2), (200, 3), (40, 150_000)):
         ids_T = torch.randint(vocabulary, (length,), generator=generator)
         grams = list(zip(*(ids_T.tolist()[i:] for i in range(4)), strict=False))
-        assert metrics.repeated_ngrams(ids_T) == (len(grams) - len(set(grams)), len(grams))
-    assert metrics.repeated_ngrams(torch.full((20,), 151_935)) == (16, 17)
+        assert log.repeated_ngrams(ids_T) == (len(grams) - len(set(grams)), len(grams))
+    assert log.repeated_ngrams(torch.full((20,), 151_935)) == (16, 17)
 
 
 def test_quarters_are_even_and_ordered():
     mask_BT = torch.zeros(6, 12, dtype=torch.bool)
     for row, length in enumerate((1, 2, 3, 4, 7, 10)):
         mask_BT[row, 2 : 2 + length] = True
-    quarter_BT = metrics.quarters(mask_BT)
+    quarter_BT = log.quarters(mask_BT)
     for row, length in enumerate((1, 2, 3, 4, 7, 10)):
         inside = quarter_BT[row, 2 : 2 + length].tolist()
         assert inside == [4 * i // length for i in range(length)] == sorted(inside)

@@ -29,8 +29,6 @@ import os
 import random
 import re
 import shutil
-import signal
-import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +68,7 @@ def check_folder(out: Path, resume: bool = False) -> None:
     if (out / "log.jsonl").is_file():
         with open(out / "log.jsonl", "rb") as file:
             try:
-                _lock(file)
+                lock(file)
             except BlockingIOError:
                 raise ValueError(f"--out {out}: another process is writing this run") from None
 
@@ -88,7 +86,7 @@ def make_folder(out: Path) -> None:
 def write_json(path: Path, content: dict) -> None:
     """The whole file or, whatever happens, the one that was there before."""
     partial = path.with_name(path.name + ".partial")
-    with _naming(path):
+    with name_the_path(path):
         partial.unlink(missing_ok=True)  # it may be a link
         with open(partial, "x") as file:
             file.write(json.dumps(content, indent=2) + "\n")
@@ -131,77 +129,16 @@ def changed_flags(config: dict, flags: dict, may_change=()) -> list[str]:
     ]
 
 
-def check_log(out: Path, keep: int) -> None:
-    """ValueError if log.jsonl has less than the `keep` bytes that it had at a checkpoint."""
-    path = Path(out) / "log.jsonl"
-    size = path.stat().st_size if path.exists() else 0
-    if size < keep:
-        raise ValueError(f"{path} has {size} bytes; it had {keep} when the checkpoint was written")
-
-
-class Log:
-    """log.jsonl: a line is in the file when `write` returns, and on the disk after `flush`.
-
-    keep: bytes of an earlier run to go on behind; what lies beyond moves to log.dropped.jsonl.
-    Until it is closed, or the process gone, nobody else can have the log of this run.
-
-    Raises:
-        ValueError: there are fewer bytes than `keep`.
-        OSError: another process has the log, or it cannot be written.
-    """
-
-    def __init__(self, out: Path, keep: int = 0):
-        self.path = Path(out) / "log.jsonl"
-        check_log(out, keep)
-        self.file = open(self.path, "ab")  # noqa: SIM115
-        _lock(self.file)
-        old = self.path.read_bytes()
-        if old[keep:]:
-            with open(self.path.with_name("log.dropped.jsonl"), "ab") as dropped:
-                dropped.write(old[keep:])
-                dropped.flush()
-                os.fsync(dropped.fileno())
-        self.lines = [json.loads(line) for line in old[:keep].splitlines()]
-        self.file.truncate(keep)
-
-    def write(self, line: dict) -> int:
-        """Append one object; returns the bytes of the log. What is not finite becomes null, for
-        JSON has no other word for it."""
-        text = json.dumps(_finite(line), allow_nan=False) + "\n"
-        with _naming(self.path):
-            self.file.write(text.encode())
-            self.file.flush()
-        return self.file.tell()
-
-    def flush(self) -> None:
-        """Wait until everything is on the disk."""
-        with _naming(self.path):
-            os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        with contextlib.suppress(OSError):  # of a line that `write` has complained about
-            self.file.close()
-
-
-def _lock(file) -> None:
+def lock(file) -> None:
     """BlockingIOError if another process has it; the lock goes with the file or the process."""
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
 def write_fault(out: Path, name: str, tensors: dict) -> Path:
     """Tensors of what went wrong, in faults/; returns where."""
     path = Path(out) / "faults" / name
-    with _naming(path):
+    with name_the_path(path):
         path.parent.mkdir(exist_ok=True)
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
     return path
@@ -235,7 +172,7 @@ def replace_folder(out: Path, name: str, fill) -> None:
         OSError: it cannot be written; what was in its place still is.
     """
     target, partial, old = out / name, out / f"{name}.partial", out / f"{name}.old.partial"
-    with _naming(target):
+    with name_the_path(target):
         _remove(partial)
         _remove(old)
         fill(partial)
@@ -274,7 +211,7 @@ def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> 
     folder = Path(out) / "checkpoints"
     target = folder / f"step-{step:08d}"
     partial = target.with_name(target.name + ".partial")
-    with _naming(target, partial):
+    with name_the_path(target, partial):
         folder.mkdir(exist_ok=True)
         if target.is_symlink() or not target.exists() or what_is_torn(target):
             _clean(folder)
@@ -418,64 +355,6 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state(_bytes(state["cuda"]))
 
 
-# -------------------------------------------------------------------------------- when to stop
-class Stop(BaseException):
-    """A signal asked the process to end; no `except Exception` on its way up may swallow it.
-
-    exit_code: 0 after SIGTERM, for ending when told is no failure; 130 after Ctrl-C and 129 after
-        the terminal hung up (SIGHUP), as shells have it.
-    """
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 0 if number == signal.SIGTERM else 128 + number
-
-
-STOPS = {"SIGTERM", "SIGINT", "SIGHUP"} & {number.name for number in signal.Signals}
-
-
-class Interruptions:
-    """STOPS become a `Stop` wherever the program is, but not between `hold` and `release`, where
-    there may be weights without their line in the log: there they wait.
-
-    The first signal counts; what comes after it is ignored, so that a checkpoint can be written in
-    peace (SIGQUIT and SIGKILL still end everything at once). A signal that was ignored when the
-    program began, as Ctrl-C is in a background job and SIGHUP behind nohup, stays ignored. A
-    context manager: on leaving, handlers are what they were. Outside the main thread it does
-    nothing.
-    """
-
-    def __init__(self):
-        self.number, self.held, self.before = None, False, {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.Signals[name] for name in STOPS):
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self._arrived)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _arrived(self, number, _frame):
-        if self.number is None:
-            self.number = number
-            if not self.held:
-                raise Stop(number)
-
-    def hold(self, *_) -> None:
-        """From here on signals wait."""
-        self.held = True
-
-    def release(self) -> None:
-        """From here on they do not; one that came meanwhile, or got lost, is raised now."""
-        self.held = False
-        if self.number is not None:
-            raise Stop(self.number)
-
-
 # ------------------------------------------------------------------------------------ small pieces
 def _distinct(tensors: dict) -> dict:
     """Of tied weights the first name only; safetensors stores no tensor twice."""
@@ -522,7 +401,7 @@ def _sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _naming(path: Path, partial: Path | None = None):
+def name_the_path(path: Path, partial: Path | None = None):
     """Errors of writing become an OSError that names the path: those of an open file name none,
     those of safetensors are no OSErrors.  What is half-written is removed."""
     try:

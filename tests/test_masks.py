@@ -1,4 +1,4 @@
-"""The controls: exactly the release rule's number of supervised tokens, batch for batch."""
+"""Masks: the release rule, its controls (as many tokens, batch for batch), one of your own."""
 
 import json
 import math
@@ -11,16 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import SHORT, grade, make_run, read_log, run_command, spy
+from runs import make_run, parse, read_log, run_command, sample, score, spy
 
-import controls
-import grading
+import evaluate
+import masks
 import release_rule
 import teachability
 import toy
 import train
 
 ROOT = Path(train.__file__).parent
+SHORT = ["--steps", "2", "--prompts-per-step", "5", "--eval-count", "4", "--eval-samples", "2"]
 
 
 # --------------------------------------------------------------------------------- the leaf alone
@@ -36,7 +37,7 @@ def wishes(draw):
 @given(wishes())
 def test_apportion_meets_the_total_within_the_capacities_and_close_to_the_wishes(case):
     wanted, capacity, total = case
-    counts = controls.apportion(torch.tensor(wanted), torch.tensor(capacity), total).tolist()
+    counts = masks.apportion(torch.tensor(wanted), torch.tensor(capacity), total).tolist()
     cut = [min(pair) for pair in zip(wanted, capacity, strict=True)]
     assert sum(counts) == total
     assert all(0 <= n <= most for n, most in zip(counts, capacity, strict=True))
@@ -51,16 +52,13 @@ def test_apportion_gives_what_is_left_to_the_largest_remainders():
     """10 over 4, 4, 3: exact shares 3.64, 3.64, 2.73, so the two tokens left after 3, 3, 2 go to
     the last and the first."""
     zero = torch.zeros(3, dtype=torch.int64)
-    assert controls.apportion(zero, torch.tensor([4, 4, 3]), 10).tolist() == [4, 3, 3]
+    assert masks.apportion(zero, torch.tensor([4, 4, 3]), 10).tolist() == [4, 3, 3]
 
 
-@pytest.mark.parametrize("wanted, capacity, total, message", [
-    ([1], [1, 2], 1, "shapes"), ([[1]], [[1]], 1, "shapes"), ([-1], [3], 1, "negative"),
-    ([1], [-3], 0, "negative"), ([1], [3], 4, "from 0 to 3, got 4"), ([1], [3], -1, "got -1"),
-])
-def test_apportion_refuses(wanted, capacity, total, message):
-    with pytest.raises(ValueError, match=message):
-        controls.apportion(torch.tensor(wanted), torch.tensor(capacity), total)
+@pytest.mark.parametrize("total", [4, -1])
+def test_apportion_refuses_a_total_that_does_not_fit(total):
+    with pytest.raises(ValueError, match=f"from 0 to 3, not {total}"):
+        masks.apportion(torch.tensor([1]), torch.tensor([3]), total)
 
 
 @st.composite
@@ -80,11 +78,11 @@ def seeded(seed=0):
 
 
 @settings(deadline=None)
-@given(batches(), st.sampled_from(controls.CONTROLS), st.integers(0, 3), st.integers(0, 8))
+@given(batches(), st.sampled_from(masks.CONTROLS), st.integers(0, 3), st.integers(0, 8))
 def test_every_control_spends_the_whole_budget_however_rows_are_shared_out(batch, kind, seed, cut):
     mask_BT, kept_R, wanted_R = batch
     length_R = mask_BT.sum(1)
-    keep_BT = controls.spend(kind, mask_BT, length_R, kept_R, wanted_R, generator=seeded(seed))
+    keep_BT = masks.spend(kind, mask_BT, length_R, kept_R, wanted_R, generator=seeded(seed))
     assert keep_BT.sum() == kept_R.sum() and keep_BT.dtype == torch.bool
     assert not (keep_BT & ~mask_BT).any()
     if kind != "random":  # an unbroken beginning of every response
@@ -92,7 +90,7 @@ def test_every_control_spends_the_whole_budget_however_rows_are_shared_out(batch
             inside = keep_BT[row, mask_BT[row]].int().tolist()
             assert inside == sorted(inside, reverse=True)
     parts = [
-        controls.spend(kind, part, length_R, kept_R, wanted_R, first_row=first,
+        masks.spend(kind, part, length_R, kept_R, wanted_R, first_row=first,
                        generator=seeded(seed))
         for first, part in ((0, mask_BT[:cut]), (cut, mask_BT[cut:])) if len(part)
     ]
@@ -112,7 +110,7 @@ def test_prefix_is_the_same_share_everywhere():
     mask_BT[::2, 20:] = False
     length_R = mask_BT.sum(1)
     kept_R = kept_R.clamp(max=20)
-    keep_BT = controls.spend("prefix", mask_BT, length_R, kept_R, None, generator=seeded())
+    keep_BT = masks.spend("prefix", mask_BT, length_R, kept_R, None, generator=seeded())
     share = kept_R.sum() / length_R.sum()
     assert (keep_BT.sum(1) - share * length_R).abs().max() < 1
 
@@ -120,7 +118,7 @@ def test_prefix_is_the_same_share_everywhere():
 def test_shuffled_permutes_the_release_points():
     mask_BT, length_R, kept_R = equal_lengths()
     counts = [
-        controls.spend("shuffled", mask_BT, length_R, kept_R, None, generator=seeded(s)).sum(1)
+        masks.spend("shuffled", mask_BT, length_R, kept_R, None, generator=seeded(s)).sum(1)
         for s in (0, 0, 1)
     ]
     for count_R in counts:
@@ -136,7 +134,7 @@ def test_an_unreleased_rollout_passes_to_the_end_on():
     mask_BT = torch.ones(2, 10, dtype=torch.bool)
     mask_BT[1, 4:] = False
     swap = next(s for s in range(20) if torch.randperm(2, generator=seeded(s))[0] == 1)
-    keep_BT = controls.spend("shuffled", mask_BT, mask_BT.sum(1), torch.tensor([10, 2]), None,
+    keep_BT = masks.spend("shuffled", mask_BT, mask_BT.sum(1), torch.tensor([10, 2]), None,
                              generator=seeded(swap))
     assert keep_BT.sum(1).tolist() == [8, 4]
 
@@ -149,7 +147,7 @@ def test_random_tokens_are_uniform_over_the_batch():
         mask_BT[row, 16 - length :] = True
     kept_R = torch.tensor([1, 2, 10, 14, 3])
     drawn = sum(
-        controls.spend("random", mask_BT, mask_BT.sum(1), kept_R, None, generator=seeded(s)).int()
+        masks.spend("random", mask_BT, mask_BT.sum(1), kept_R, None, generator=seeded(s)).int()
         for s in range(400)
     )
     assert (drawn[mask_BT] - 240).abs().max() < 49 and drawn.sum() == 400 * 30
@@ -157,36 +155,30 @@ def test_random_tokens_are_uniform_over_the_batch():
 
 def test_std_stays_at_its_own_points_as_far_as_the_budget_allows():
     mask_BT, length_R, kept_R = equal_lengths()
-    same = controls.spend("std", mask_BT, length_R, kept_R, kept_R.flip(0), generator=seeded())
+    same = masks.spend("std", mask_BT, length_R, kept_R, kept_R.flip(0), generator=seeded())
     assert torch.equal(same.sum(1), kept_R.flip(0))
-    nowhere = controls.spend("std", mask_BT, length_R, kept_R, length_R, generator=seeded())
-    prefix = controls.spend("prefix", mask_BT, length_R, kept_R, None, generator=seeded())
+    nowhere = masks.spend("std", mask_BT, length_R, kept_R, length_R, generator=seeded())
+    prefix = masks.spend("prefix", mask_BT, length_R, kept_R, None, generator=seeded())
     # a signal that never fires leaves a fixed share; only the odd tokens are dealt otherwise
     assert (nowhere.sum(1) - prefix.sum(1)).abs().max() <= 1
 
 
 def test_spend_refuses():
     mask_BT, length_R, kept_R = equal_lengths()
-    with pytest.raises(ValueError, match="kind must be one of prefix, .*, got 'best'"):
-        controls.spend("best", mask_BT, length_R, kept_R, None, generator=seeded())
-    with pytest.raises(ValueError, match="rows from 3 on do not have the lengths"):
-        controls.spend("prefix", mask_BT, length_R, kept_R, None, first_row=3, generator=seeded())
+    with pytest.raises(ValueError, match="kind must be one of prefix, .*, not 'best'"):
+        masks.spend("best", mask_BT, length_R, kept_R, None, generator=seeded())
+    with pytest.raises(ValueError, match="the lengths of the rows from 3 on"):
+        masks.spend("prefix", mask_BT, length_R, kept_R, None, first_row=3, generator=seeded())
 
 
 def test_spread_equals_the_standard_library():
     values = [0.1, -3.0, 2.5, 7.0, 7.0, -1.0]
     segments = [0, 0, 0, 1, 1, 2]
     spread_N = teachability.segment_spread(values, segments)
-    for number, score in enumerate(spread_N.tolist()):
+    for number, found in enumerate(spread_N.tolist()):
         mine = [v for v, s in zip(values, segments, strict=True) if s == number]
-        assert math.isclose(score, math.log1p(statistics.pstdev(mine)), abs_tol=1e-12)
+        assert math.isclose(found, math.log1p(statistics.pstdev(mine)), abs_tol=1e-12)
     assert teachability.segment_spread([], []).shape == (0,)
-    bad_ones = (([0.0, math.nan], "finite"), ([0.0, math.inf], "finite"), ([1.0], "shape"))
-    for bad, message in bad_ones:
-        with pytest.raises(ValueError, match=message):
-            teachability.segment_spread(bad, [0, 0])
-    with pytest.raises(ValueError, match="start at 0"):
-        teachability.segment_spread([1.0, 2.0], [1, 1])
 
 
 # ----------------------------------------------------------------------------- in a training step
@@ -201,7 +193,7 @@ def mixed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("world", ["varied", "clean"])
-@pytest.mark.parametrize("kind", controls.CONTROLS)
+@pytest.mark.parametrize("kind", masks.CONTROLS)
 def test_a_control_supervises_as_many_tokens_as_release_batch_for_batch(
     kind, world, mixed, monkeypatch
 ):
@@ -209,10 +201,9 @@ def test_a_control_supervises_as_many_tokens_as_release_batch_for_batch(
     own = {}
     for method in ("release", kind):
         updates = spy(monkeypatch, train, "token_weights")
-        placed = spy(monkeypatch, train, "micro_batch_loss")
         run = make_run("--toy", world, *mixed, "--method", method, "--lr", "1e-30")
         lines = [train.train_step(run, step) for step in range(3)]
-        own[method] = [line["kept_tokens"] for line in lines], updates, placed
+        own[method] = [line["kept_tokens"] for line in lines], updates
         for line in lines:
             assert line["kept"] == line["kept_tokens"] / round(line["response_tokens"] * 30)
         monkeypatch.undo()
@@ -229,13 +220,13 @@ def test_a_control_supervises_as_many_tokens_as_release_batch_for_batch(
 def test_std_fires_where_the_spread_of_the_advantage_drops(mixed):
     """Against a loop over sentences with the standard library's deviation."""
     run = make_run("--toy", "varied", *mixed, "--method", "std", "--budget", "own")
-    batch = train.sample(run, 0)
-    grades = grade(run, batch)
+    batch = sample(run, 0)
+    scores = score(run, batch)
     fired = 0
     for row, mask_T in enumerate(batch.response_mask_BT):
         segment_T = teachability.token_segments(run.tokenizer, batch.ids_BT[row, mask_T],
                                                 run.splitter)
-        advantage = (grades.logp_BT - batch.logp_BT)[row, mask_T].tolist()
+        advantage = (scores.logp_BT - batch.logp_BT)[row, mask_T].tolist()
         scores = [
             math.log1p(statistics.pstdev(
                 [a for a, s in zip(advantage, segment_T.tolist(), strict=True) if s == n]
@@ -244,23 +235,23 @@ def test_std_fires_where_the_spread_of_the_advantage_drops(mixed):
         ]
         point = release_rule.change_point(scores)
         wanted = len(segment_T) if point.kept is None else int((segment_T < point.kept).sum())
-        assert int(grades.choice.keep_BT[row].sum()) == int(grades.choice.wanted_B[row]) == wanted
-        assert bool(grades.choice.released_B[row]) == (point.kept is not None)
+        assert int(scores.keep_BT[row].sum()) == int(scores.wanted_B[row]) == wanted
+        assert bool(scores.released_B[row]) == (point.kept is not None)
         fired += point.kept is not None
-    assert not grading.spends_budget(run.args) and 0 < fired < 30
+    assert not train.spends_budget(run.args) and 0 < fired < 30
     # within the budget, its places are wishes and the margin's count is the law
     both = make_run("--toy", "varied", *mixed, "--method", "std")
     release = make_run("--toy", "varied", *mixed, "--method", "release")
-    with_budget = grade(both, train.sample(both, 0)).choice
-    assert torch.equal(with_budget.wanted_B, grades.choice.wanted_B)
-    by_margin = grade(release, train.sample(release, 0)).choice
+    with_budget = score(both, sample(both, 0))
+    assert torch.equal(with_budget.wanted_B, scores.wanted_B)
+    by_margin = score(release, sample(release, 0))
     assert torch.equal(with_budget.keep_BT, by_margin.keep_BT)
 
 
 def test_prefix_tokens_supervises_so_many_of_every_response(mixed):
     run = make_run("--toy", "varied", *mixed, "--method", "prefix", "--prefix-tokens", "60")
-    batch = train.sample(run, 0)
-    keep_BT, length_B = grade(run, batch).choice.keep_BT, batch.response_mask_BT.sum(1)
+    batch = sample(run, 0)
+    keep_BT, length_B = score(run, batch).keep_BT, batch.response_mask_BT.sum(1)
     assert torch.equal(keep_BT.sum(1), length_B.clamp(max=60)) and length_B.min() < 60
     assert run.splitter is None, "no sentence is looked at"
     line = train.train_step(run, 0)
@@ -270,17 +261,16 @@ def test_prefix_tokens_supervises_so_many_of_every_response(mixed):
 def test_a_control_restricts_what_lookahead_saw(monkeypatch):
     """Where a control supervises is known when all is graded: the leaves of other tokens are
     scored in vain, and count for nothing."""
-    graded = spy(monkeypatch, grading, "grade")
+    scored, batches = spy(monkeypatch, train, "score"), spy(monkeypatch, train, "sample")
     run = make_run("--toy", "varied", "--prompts-per-step", "20", "--mask", "random",
                    "--lookahead", "on", "--objective", "topk")
     line = train.train_step(run, 0)
-    ahead, keep_BT = graded[0][1].ahead, graded[0][1].choice.keep_BT
-    entropy_BT = train.sample(make_run("--toy", "varied", "--prompts-per-step", "20", "--mask",
-                                       "random", "--lookahead", "on"), 0).entropy_BT
-    assert torch.equal(ahead.trigger_BT, (entropy_BT > 0.2) & keep_BT) and ahead.trigger_BT.any()
-    for values in (ahead.reward_BT, ahead.spread_BT, ahead.outside_BT, ahead.reward_BTK):
-        assert not values[~keep_BT].any()
-    assert line["triggered"] == int(ahead.trigger_BT.sum()) / (20 * line["response_tokens"])
+    scores, (batch, _) = scored[0][1], batches[0][1]
+    looked_BT = (batch.entropy_BT > 0.2) & batch.response_mask_BT
+    assert torch.equal(scores.trigger_BT, looked_BT)
+    counted = int((looked_BT & scores.keep_BT).sum())
+    assert 0 < counted < int(looked_BT.sum())
+    assert line["triggered"] == counted / (20 * line["response_tokens"])
 
 
 # ---------------------------------------------------------------------- the exact divergences
@@ -304,15 +294,13 @@ def test_update_of_a_divergence_equals_it_written_out(kind, more):
     """Loss and gradient of one step's update against full logits and autograd."""
     run = make_run("--difficulty", "2", *SHORT, "--method", kind, "--lr", "1e-9", "--clip-grad",
                    "0", "--micro-batch", "2", *more)
-    batch = train.sample(run, 0)
-    grades = grade(run, batch)
-    keep_BT = grades.choice.keep_BT
+    batch = sample(run, 0)
+    scores = score(run, batch)
+    keep_BT = scores.keep_BT
     if "release" in more:
         keep_BT[1, int(keep_BT[1].nonzero().min()) + 9 :] = False
     weight_BT = keep_BT / keep_BT.sum()
-    head_VE = run.teacher.get_output_embeddings().weight
-    loss, norm = train.update(run.student, run.optimizer, batch, grades, None, weight_BT, run.args,
-                              head_VE)
+    loss, norm, _ = train.update(run, batch, scores, weight_BT, weight_BT)
     mine = [p.grad.clone() for p in run.model.parameters()]
     run.model.zero_grad()
     total = 0.0
@@ -354,8 +342,70 @@ def test_out_of_domain_problems_of_the_users_own(tmp_path):
     for name in ("right", "wrong"):
         run = make_run("--difficulty", "2", *SHORT[:4], "--eval-count", "6", "--ood-problems",
                        str(tmp_path / f"{name}.jsonl"))
-        line = train.evaluate_student(run, 0)
+        line = evaluate.on_held_out(run, 0)
         found[name] = line["ood"]["accuracy"]
         assert line["ood"]["problems"] == 6 and line["problems"] == 6
-        assert "ood" not in train.evaluate_student(run, 1)
+        assert "ood" not in evaluate.on_held_out(run, 1)
     assert found["right"] > 0.9 and found["wrong"] == 0
+
+
+# ------------------------------------------------------------------------------- one of your own
+def test_a_mask_of_your_own_is_a_function_and_an_entry(monkeypatch):
+    """It gets what it names, and nothing else; what it needs is checked before weights load."""
+
+    def confident(response_mask_BT, max_prob_BT, *, floor=0.9):
+        return response_mask_BT & (max_prob_BT > floor)
+
+    def soft(response_mask_BT, entropy_BT):  # weights, not only a mask
+        return response_mask_BT * entropy_BT
+
+    monkeypatch.setitem(masks.MASKS, "confident", confident)
+    monkeypatch.setitem(masks.MASKS, "soft", soft)
+    own = {"method": [(flag, default, [*masks.MASKS] if flag == "--mask" else check, text)
+                      for flag, default, check, text in train.FLAGS["method"]]}  # fmt: skip
+    monkeypatch.setattr(train, "FLAGS", train.FLAGS | own)
+    for name in ("confident", "soft"):
+        run = make_run("--toy", "varied", *SHORT, "--mask", name)
+        assert not run.needs.sentences and not run.needs.candidates
+        batch = sample(run)
+        scores = score(run, batch)
+        mask_BT = batch.response_mask_BT
+        wanted = {"confident": mask_BT & (scores.max_prob_BT > 0.9),
+                  "soft": mask_BT * batch.entropy_BT}[name]  # fmt: skip
+        assert torch.equal(scores.keep_BT, wanted)
+        line = train.train_step(run, 0)
+        assert line["kept_tokens"] == int((wanted > 0).sum()) > 0 and line["fired"] == 0
+    # weights count in proportion: two optimizer steps differ
+    monkeypatch.setitem(masks.MASKS, "wrong", lambda response_mask_BT, loudness: None)
+    with pytest.raises(ValueError, match="--mask wrong asks for loudness"):
+        masks.parameters("wrong", vars(parse([])))
+
+
+def test_weights_in_place_of_a_mask_count_in_proportion():
+    """A token of weight 2 counts as one that is there twice."""
+    l_BT, q_BT = torch.ones(1, 4), torch.tensor([[2.0, 1.0, 1.0, 0.0]])
+    w_BT = train.token_weights(l_BT, q_BT, "batch", 4, 4)
+    assert torch.allclose(w_BT, torch.tensor([[0.5, 0.25, 0.25, 0.0]]))
+
+
+def test_release_alone_needs_no_args_and_equals_a_loop(monkeypatch):
+    """The function to take away, on plain tensors, against the leaves row by row."""
+    generator = seeded(3)
+    mask_BT = torch.zeros(6, 40, dtype=torch.bool)
+    for row in range(6):
+        mask_BT[row, 2 + row : 38 - 2 * row] = True
+    logp_BTK = -3 * torch.rand(6, 40, 4, generator=generator)
+    logp_BTK[:, 20:] *= 0.01
+    segments = [torch.arange(int(m_T.sum())) // 4 for m_T in mask_BT]
+    out = masks.release(mask_BT, logp_BTK, segments)
+    assert out.released_B.any()
+    for row, segment_T in enumerate(segments):
+        first, second = logp_BTK[row, mask_BT[row]].sort(dim=1, descending=True).values[:, :2].T
+        margin_T = (first - second).double()
+        scores = [math.log1p(margin_T[segment_T == n].mean()) for n in range(segment_T.max() + 1)]
+        point = release_rule.change_point(scores)
+        kept = len(segment_T) if point.kept is None else 4 * point.kept
+        inside_T = out.keep_BT[row, mask_BT[row]]
+        assert inside_T.sum() == kept and inside_T[:kept].all()
+        assert not out.keep_BT[row, ~mask_BT[row]].any()
+        assert math.isclose(out.gain_B[row], point.gain, abs_tol=1e-6)

@@ -1,0 +1,180 @@
+"""Flags: a table in, the effective value of every flag and where it came from out.
+
+A row of a table is (flag, default, limits or choices, help). What a flag's value is decided by, the
+later overriding the earlier: its default, `--preset`, the row of METHODS that `--method` names, the
+command line. A few are worked out where they are left open: what toy problems need, the device.
+Whatever is wrong ends with exit code 2 and one line that names the flag.
+"""
+
+import argparse
+import os
+import sys
+
+import torch
+
+import toy
+from harness.cli import BIG, MANY, MOST_THREADS, TINY, Parser, number, path_name
+
+ANY, COUNT, POSITIVE = (0, BIG), (1, MANY), (TINY, BIG)  # limits: [lowest, highest]
+SHARE = (1e-6, 1 - 1e-6)
+DTYPES = ["float32", "bfloat16"]
+MACHINE = {
+    "run": [
+        ("--preset", None, [], "settings; toy where no --student is named"),
+        ("--out", None, None, "run folder (runs/<method>-seed<seed>)"),
+        ("--seed", 0, (0, 2**31), "of data order and sampling"),
+        ("--resume", False, None, "go on from the last checkpoint in --out, or begin there"),
+        ("--checkpoint-every", 25, ANY, "steps between checkpoints, and one at the end; 0: only "
+         "when something ends the run early"),
+        ("--max-skipped-steps", 5, COUNT, "end after so many steps in a row whose loss or gradient "
+         "is not finite; fewer are skipped"),
+        ("--timeout", 1800, COUNT, "seconds that a process waits for another"),
+    ],
+    "sampling": [
+        ("--steps", 100, COUNT, "batches of rollouts"),
+        ("--prompts-per-step", 128, COUNT, "over all processes"),
+        ("--rollouts-per-prompt", 1, COUNT, "responses to each"),
+        ("--max-new-tokens", 8192, COUNT, "longest response; toy problems: half above the right"),
+        ("--temperature", 1.0, POSITIVE, "of sampling; the student is scored at the same one"),
+    ],
+    "models and data": [
+        ("--student", None, None, "folder or hub name (the toy world's)"),
+        ("--teacher", None, None, "folder or hub name (the toy world's)"),
+        ("--problems", None, None, "JSONL to train on (the toy world's)"),
+        ("--toy", "varied", [*toy.WORLDS], "toy world of whatever is not given"),
+        ("--difficulty", None, (1, toy.MAX_MOVES), "moves per toy problem (the world's)"),
+        ("--thinking", False, None, "render prompts in thinking mode"),
+        ("--splitter", "auto", ["auto", "pretrained", "untrained"], "of sentences: NLTK's "
+         "pretrained English Punkt, or an untrained one"),
+        ("--trust-remote-code", False, None, "run code that comes with a model"),
+        ("--allow-bin", False, None, "read pickled weights where there are no safetensors"),
+    ],
+    "evaluation": [
+        ("--eval-every", 0, ANY, "steps between evaluations; 0: only first and last"),
+        ("--eval-problems", None, None, "JSONL with answers (the toy world's)"),
+        ("--ood-problems", None, None, "JSONL with answers of another kind, evaluated first and "
+         "last, to notice forgetting (the toy world's)"),
+        ("--eval-count", 200, COUNT, "problems"),
+        ("--eval-samples", 4, COUNT, "answers per problem"),
+    ],
+    "optimizer": [
+        ("--warmup-steps", 0, ANY, "linear, updates"),
+        ("--weight-decay", 0.1, ANY, "of matrices"),
+        ("--beta1", 0.9, (0, 0.999999), "AdamW"),
+        ("--beta2", 0.98, (0, 0.999999), "AdamW"),
+        ("--gradient-checkpointing", False, None, "less memory, one more forward"),
+    ],
+    "machine": [
+        ("--sample-batch", 256, COUNT, "most rollouts in flight, per process"),
+        ("--micro-batch", 0, ANY, "most rows per forward pass; 0: any number"),
+        ("--tokens-per-micro-batch", 32768, ANY, "most tokens per forward pass, padding included: "
+         "bounds memory; a longer row goes alone; 0: any number"),
+        ("--fast", "on", ["on", "off"], "faster versions of the same computations (fast/)"),
+        ("--device", None, ["cpu", "cuda"], "(cuda where there is one)"),
+        ("--dtype", None, DTYPES, "of matrix products (bfloat16 on cuda, else float32)"),
+        ("--save-dtype", "bfloat16", DTYPES, "of the saved student"),
+        ("--threads", 0, (0, MOST_THREADS), "CPU threads per process; 0: PyTorch's choice"),
+    ],
+}  # fmt: skip
+# What a resumed run may have otherwise than the run that it resumes: no line and no weight depends
+# on these, except for where the run ends.
+MAY_CHANGE = (
+    "out", "resume", "preset", "steps", "checkpoint_every", "max_skipped_steps", "timeout",
+)  # fmt: skip
+
+
+def add_flags(group, rows) -> None:
+    """Add the rows of a table to a parser, or to a group of its arguments. A flag that is not given
+    leaves no trace in the namespace."""
+    for flag, default, check, text in rows:
+        options = {"default": argparse.SUPPRESS, "help": text}
+        if default is False:
+            options["action"] = "store_true"
+        elif isinstance(check, list):
+            options["choices"] = check
+        elif check is None:
+            options |= {"type": path_name, "metavar": "NAME"}
+        else:
+            kind = type(default) if default is not None else type(check[0])
+            options |= {"type": number(kind, *check), "metavar": "N"}
+        if default is not None and default is not False:
+            options["help"] += f" (default {default})"
+        group.add_argument(flag, **options)
+
+
+def defaults(rows) -> dict:
+    """The default of every row, by the flag's name in a namespace."""
+    return {flag[2:].replace("-", "_"): default for flag, default, *_ in rows}
+
+
+def parse(program, tables, methods, presets, argv=None):
+    """(parser, namespace, {name: where its value came from}). Exits with 2 on bad flags."""
+    tables = tables | MACHINE
+    tables["run"] = [(flag, default, [*presets] if flag == "--preset" else check, text)
+                     for flag, default, check, text in tables["run"]]  # fmt: skip
+    parser = Parser(prog=program, description=f"Every flag of {program}.", allow_abbrev=False)
+    for title, rows in tables.items():
+        add_flags(parser.add_argument_group(title), rows)
+    given = vars(parser.parse_args(argv))
+    values, origins = {}, {}
+
+    def decide(settings, origin):
+        values.update(settings)
+        origins.update(dict.fromkeys(settings, origin))
+
+    decide(defaults(sum(tables.values(), [])), "default")
+    preset = given.get("preset") or (None if "student" in given else "toy")
+    decide({"preset": preset}, "no --student" if preset == "toy" else "default")
+    decide(presets.get(preset, {}), f"--preset {preset}")
+    method = given.get("method", values["method"])
+    parts = dict(zip(("objective", "mask", "lookahead"), methods[method], strict=True))
+    decide(parts, f"--method {method}")
+    decide(given, "command line")
+    args = argparse.Namespace(**values)
+    decide(left_open(parser, args, origins), "worked out")
+    check_processes(parser, argparse.Namespace(**values))
+    return parser, argparse.Namespace(**values), origins
+
+
+def left_open(parser, args, origins) -> dict:
+    """What toy problems and the machine decide where the user did not."""
+    found = {}
+    if args.difficulty is None:
+        found["difficulty"] = toy.world(args.toy).moves
+    if args.problems is None and origins.get("max_new_tokens") == "default":
+        found["max_new_tokens"] = toy.response_limit(found.get("difficulty", args.difficulty))
+    if args.device is None:
+        found["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    device = found.get("device", args.device)
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU here")
+    if args.dtype is None:
+        found["dtype"] = "bfloat16" if device == "cuda" else "float32"
+    if getattr(args, "out", "") is None:
+        found["out"] = f"runs/{args.method}-seed{args.seed}"
+    return found
+
+
+def check_processes(parser, args) -> None:
+    """Exit 2 unless what torchrun says of the processes makes sense with the flags."""
+    for name in ("RANK", "WORLD_SIZE"):
+        if not os.environ.get(name, "1").isdecimal():
+            parser.error(f"{name}={os.environ[name]!r} in the environment is not a whole number")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.prompts_per_step * args.rollouts_per_prompt < world:
+        parser.error(f"--prompts-per-step {args.prompts_per_step} is less than {world} processes")
+    if args.ood_problems and args.problems and not args.eval_problems:
+        parser.error(f"--ood-problems {args.ood_problems} needs --eval-problems")
+
+
+def say(program, args, origins) -> None:
+    """The effective table in short, on stderr: what is not a default, by where it came from."""
+    by_origin = {"no --student": [], f"--preset {args.preset}": [], "command line": []}
+    for name, origin in origins.items():
+        value = getattr(args, name)
+        if origin != "default" and value is not None:
+            text = f"{name.replace('_', '-')}" + f" {value}" * (value is not True)
+            by_origin.setdefault(origin, []).append(text)
+    for origin, texts in by_origin.items():
+        if texts:
+            print(f"{program}: {origin}: {', '.join(texts)}", file=sys.stderr)

@@ -1,0 +1,204 @@
+"""log.jsonl: what a step says, and the file that it is said in.
+
+Every process sums its own rows (`batch_sums`), the sums are added up over all processes, and one
+line is made of the totals (`log_line`), so that no figure is a mean of means. docs/runs.md says
+what each key is.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from harness.checkpoint import lock, name_the_path
+
+FLAT = 1e-3  # a deviation of confidences that a 16-bit teacher cannot tell from 0
+
+
+def check_log(out: Path, keep: int) -> None:
+    """ValueError if log.jsonl has less than the `keep` bytes that it had at a checkpoint."""
+    path = Path(out) / "log.jsonl"
+    size = path.stat().st_size if path.exists() else 0
+    if size < keep:
+        raise ValueError(f"{path} has {size} bytes; it had {keep} when the checkpoint was written")
+
+
+class Log:
+    """log.jsonl: a line is in the file when `write` returns, and on the disk after `flush`.
+
+    keep: bytes of an earlier run to go on behind; what lies beyond moves to log.dropped.jsonl.
+    Until it is closed, or the process gone, nobody else can have the log of this run.
+
+    Raises:
+        ValueError: there are fewer bytes than `keep`.
+        OSError: another process has the log, or it cannot be written.
+    """
+
+    def __init__(self, out: Path, keep: int = 0):
+        self.path = Path(out) / "log.jsonl"
+        check_log(out, keep)
+        self.file = open(self.path, "ab")  # noqa: SIM115
+        lock(self.file)
+        old = self.path.read_bytes()
+        if old[keep:]:
+            with open(self.path.with_name("log.dropped.jsonl"), "ab") as dropped:
+                dropped.write(old[keep:])
+                dropped.flush()
+                os.fsync(dropped.fileno())
+        self.lines = [json.loads(line) for line in old[:keep].splitlines()]
+        self.file.truncate(keep)
+
+    def write(self, line: dict) -> int:
+        """Append one object; returns the bytes of the log. What is not finite becomes null, for
+        JSON has no other word for it."""
+        text = json.dumps(_finite(line), allow_nan=False) + "\n"
+        with name_the_path(self.path):
+            self.file.write(text.encode())
+            self.file.flush()
+        return self.file.tell()
+
+    def flush(self) -> None:
+        """Wait until everything is on the disk."""
+        with name_the_path(self.path):
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        with contextlib.suppress(OSError):  # of a line that `write` has complained about
+            self.file.close()
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def repeated_ngrams(ids_T: torch.Tensor, n: int = 4) -> tuple[int, int]:
+    """How many of a response's n-grams it has written before, and how many it has.
+
+    >>> repeated_ngrams(torch.tensor([7, 8, 7, 8, 7, 8, 7]))   # 7878 8787 7878 8787
+    (2, 4)
+    """
+    count = len(ids_T) - n + 1
+    if count < 1:
+        return 0, 0
+    gram_G, base = ids_T[:count], ids_T.max() + 1
+    for place in range(1, n):  # number the grams one token longer: exact, and within int64
+        gram_G = gram_G * base + ids_T[place : place + count]
+        gram_G = gram_G.unique(return_inverse=True)[1]
+    return count - len(gram_G.unique()), count
+
+
+def quarters(mask_BT: torch.Tensor) -> torch.Tensor:
+    """Which quarter of its response every token lies in: 0 to 3; 4 outside.
+
+    >>> quarters(torch.tensor([[False, True, True, True, True, True, True, True, True]])).tolist()
+    [[4, 0, 0, 1, 1, 2, 2, 3, 3]]
+    """
+    place_BT, length_B1 = mask_BT.cumsum(1) - 1, mask_BT.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(mask_BT, 4 * place_BT // length_B1, 4)
+
+
+def batch_sums(batch, scores, args) -> dict[str, float]:
+    """Numerators and denominators of this process's rows, to be added up over all processes.
+
+    batch: `rollout.Rollout`. scores: train.py's, of the same rows.
+    """
+    mask_BT, keep_BT = batch.response_mask_BT, scores.keep_BT > 0
+    released_B = scores.released_B
+    if released_B is None:  # a mask without a change point
+        released_B = torch.zeros(len(mask_BT), dtype=torch.bool, device=mask_BT.device)
+    gain_B = torch.zeros(len(mask_BT)) if scores.gain_B is None else scores.gain_B
+    rows = zip(batch.ids_BT, mask_BT, strict=True)
+    grams = [repeated_ngrams(ids_T[mask_T]) for ids_T, mask_T in rows]
+    kept_share_B = keep_BT.sum(1) / mask_BT.sum(1)
+    sums = {
+        "reverse_kl": ((batch.logp_BT - scores.logp_BT) * mask_BT).sum(),
+        "rollouts": len(mask_BT),
+        "tokens": mask_BT.sum(),
+        "kept_tokens": keep_BT.sum(),
+        "entropy": batch.entropy_BT.sum(),
+        "truncated": batch.truncated_B.sum(),
+        "repeated": sum(repeated for repeated, _ in grams),
+        "grams": sum(count for _, count in grams),
+        "fired": released_B.sum(),
+        "release_at": kept_share_B[released_B].sum(),
+        "bic_gain": gain_B.sum(),
+        "bic_gain_over_6": (gain_B > 6).sum(),
+    }
+    quarter_BT = quarters(mask_BT)
+    for quarter in range(4):
+        here_BT = quarter_BT == quarter
+        sums[f"tokens_{quarter}"] = here_BT.sum()
+        sums[f"fidelity_{quarter}"] = scores.max_prob_BT[here_BT].sum()
+    if args.lookahead == "on":
+        trigger_BT = scores.trigger_BT & keep_BT  # a control decides after the lookahead
+        sampled_BTK = batch.topk_ids_BTK[..., : args.lgr_top_k] == batch.ids_BT[..., None]
+        sums["triggered"] = trigger_BT.sum()
+        sums["reward"] = scores.reward_BTK[trigger_BT][sampled_BTK[trigger_BT]].sum()
+        sums["group_std"] = scores.spread_BT[trigger_BT].sum()
+        sums["flat"] = (scores.spread_BT[trigger_BT] < FLAT).sum()
+        sums["outside"] = (~sampled_BTK[trigger_BT].any(dim=-1)).sum()
+    return {name: float(value) for name, value in sums.items()}
+
+
+def log_line(step, loss, norm, skipped, sums, seconds, args) -> dict:
+    """One step for log.jsonl, of the sums over all processes."""
+    tokens, fired, triggered = sums["tokens"], sums["fired"], sums.get("triggered", 0)
+    total = sum(seconds.values())
+
+    def per(name: str, count: float) -> float | None:
+        return sums[name] / count if count else None
+
+    line = {
+        "step": step + 1,
+        "loss": loss,
+        "reverse_kl": sums["reverse_kl"] / tokens,
+        "entropy": sums["entropy"] / tokens,
+        "response_tokens": tokens / sums["rollouts"],
+        "truncated": sums["truncated"] / sums["rollouts"],
+        "repeated_4grams": per("repeated", sums["grams"]),
+        "fidelity": [per(f"fidelity_{q}", sums[f"tokens_{q}"]) for q in range(4)],
+        "kept": sums["kept_tokens"] / tokens,
+        "kept_tokens": int(sums["kept_tokens"]),
+        "fired": fired / sums["rollouts"],
+        "release_at": per("release_at", fired),
+        "bic_gain": per("bic_gain", fired),
+        "bic_gain_over_6": sums["bic_gain_over_6"] / sums["rollouts"],
+    }
+    if args.lookahead == "on":
+        line |= {
+            "triggered": triggered / tokens,
+            "group_std": per("group_std", triggered),
+            "flat_groups": per("flat", triggered),
+            "bonus": args.lgr_gamma * sums["reward"] / triggered if triggered else None,
+            "outside_group": per("outside", triggered),
+        }
+    return line | {
+        "grad_norm": norm,
+        "skipped": skipped,
+        "seconds": {name: round(value, 4) for name, value in (seconds | {"total": total}).items()},
+        "tokens_per_second": tokens / total,
+    }
+
+
+def say_result(lines: list[dict]) -> None:
+    """What came of a run, on stdout: first and last evaluation, and what went wrong on the way."""
+    evaluations = [line for line in lines if "accuracy" in line]
+    for line in evaluations[:1] + evaluations[-1:]:
+        print(
+            "step {step}: mean@{samples} {accuracy:.3f}, 95% interval {accuracy_low:.3f} to "
+            "{accuracy_high:.3f}, {problems} problems".format(**line)
+        )
+    ood = [line["ood"]["accuracy"] for line in evaluations if "ood" in line]
+    if ood:
+        print(f"out of domain: {ood[0]:.3f} before, {ood[-1]:.3f} after")
+    skipped = sum(line.get("skipped", 0) > 0 for line in lines)
+    if skipped:
+        print(f"{skipped} steps were skipped: loss or gradient was not finite")

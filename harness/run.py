@@ -1,0 +1,417 @@
+"""A run from its command line to its result: what `train.py` touches of the harness.
+
+`start` checks everything, meets the other processes, loads, resumes and yields a `Run`; whatever
+then ends the body, it writes down where the run stands and leaves with the right exit code.
+"""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import teachability
+from harness import checkpoint, flags, log, pair, signals
+from harness.cli import check_creatable
+from harness.data import pad_id
+from harness.machine import surroundings
+from harness.processes import (
+    Stopwatch,
+    batch_order,
+    gather_objects,
+    my_share,
+    raise_on_all_ranks,
+    row_generator,
+    start_processes,
+    sum_over_ranks,
+)
+
+
+@dataclass
+class Needs:
+    """What the methods read. candidates: the student's likeliest tokens, most by flag name;
+    sentences: whether responses are split; teacher_checks: functions of the loaded teacher that
+    raise ValueError if it cannot serve."""
+
+    candidates: dict[str, int] = field(default_factory=dict)
+    sentences: bool = False
+    teacher_checks: list = field(default_factory=list)
+
+
+@dataclass
+class Position:
+    """Where a run stands between two lines of its log: what a checkpoint says beside the weights.
+
+    step       training steps done
+    evaluated  true if the evaluation before the next step is done, too
+    skipped    steps in a row, up to here, whose loss or gradient was not finite
+    log_bytes  length of log.jsonl
+    random     random numbers of every process
+    """
+
+    step: int = 0
+    evaluated: bool = False
+    skipped: int = 0
+    log_bytes: int = 0
+    random: list[dict] = ()
+
+
+class Run:
+    """Everything that one process holds while it trains.
+
+    args, needs; rank, world     flags, what the methods read; which of how many processes
+    model, student, teacher      Hugging Face models; `student` is `pair.StudentLogProbs` of `model`
+    tokenizer, splitter          of the student; of sentences, if they are needed
+    vocab_size, stop_ids, pad_id, decode    what `rollout.generate` wants to know
+    optimizer, scheduler, watch  AdamW, its schedule, seconds by phase since the last line
+    problems, prompts            by "train", "eval", "ood"
+    """
+
+    def __init__(self, args, origins, needs, rank: int, world: int):
+        """All checks that need no weights: tokenizers, problems, prompts, limits."""
+        self.args, self.origins, self.needs = args, origins, needs
+        self.rank, self.world = rank, world
+        tokenizers, configs, self.vocab_size = pair.open_pair(args)
+        self.tokenizer = tokenizers["--student"]
+        for name, count in needs.candidates.items():
+            if count > self.vocab_size:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {count} exceeds the vocabulary of {self.vocab_size}")
+        toys = args.problems is None and args.eval_problems is None
+        files = {"train": (args.problems, "train", "dial")}
+        if args.eval_problems is not None or args.problems is None:
+            files["eval"] = args.eval_problems, "test", "dial"
+        if args.ood_problems is not None or toys:
+            files["ood"] = args.ood_problems, "test", "reverse"
+        self.problems, self.prompts = {"eval": [], "ood": []}, {"train": [], "eval": [], "ood": []}
+        for name, how in files.items():
+            problems, self.prompts[name] = pair.load_prompts(args, self.tokenizer, *how)
+            pair.check_prompts(self.tokenizer, configs, self.vocab_size, problems,
+                               self.prompts[name], args.max_new_tokens)  # fmt: skip
+            self.problems[name] = problems
+        self.splitter, self.splitter_name = None, None
+        if needs.sentences:
+            self.splitter, self.splitter_name = pair.open_splitter(args.splitter)
+        self.pad_id, self.watch = pad_id(self.tokenizer), Stopwatch(args.device)
+        self.signals, self.position, self.log, self.bar = None, Position(), None, None
+
+    # ------------------------------------------------------------------------ rows and processes
+    def problems_of(self, step: int) -> tuple[list[int], range]:
+        """The problem of every rollout of a step, and which of the rollouts are this process's."""
+        args, count = self.args, self.args.prompts_per_step
+        order = batch_order(len(self.prompts["train"]), step * count, count, args.seed)
+        problems = [problem for problem in order for _ in range(args.rollouts_per_prompt)]
+        return problems, my_share(len(problems), self.rank, self.world)
+
+    def prompts_of(self, step: int) -> tuple[list[list[int]], int]:
+        """This process's prompts of a step, and the number of the first in the batch."""
+        problems, mine = self.problems_of(step)
+        return [self.prompts["train"][problems[row]] for row in mine], mine.start
+
+    def sentences(self, batch) -> list[torch.Tensor] | None:
+        """The sentence of every token of every response, if a mask asks for it."""
+        if not self.needs.sentences:
+            return None
+        rows = zip(batch.ids_BT.cpu(), batch.response_mask_BT.cpu(), strict=True)
+        segments = [teachability.token_segments(self.tokenizer, ids_T[mask_T], self.splitter)
+                    for ids_T, mask_T in rows]  # fmt: skip
+        self.watch.lap("mask")
+        return segments
+
+    def generator(self, stream: int, first_row: int = 0) -> torch.Generator:
+        """Of the uniform numbers of a stream (steps: their number) from a row on."""
+        return row_generator(self.args.seed, stream, first_row, self.args.max_new_tokens)
+
+    def sum(self, values) -> list[float]:
+        """Element-wise sum over all processes."""
+        return sum_over_ranks(values, self.model.device)
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes, in their order; on the CPU."""
+        return torch.cat(gather_objects(rows.cpu()))
+
+    def autocast(self):
+        """Matrix products in bfloat16 where asked for; parameters and the rest stay float32."""
+        wanted = self.args.dtype == "bfloat16"
+        return torch.autocast(self.args.device, torch.bfloat16, enabled=wanted)
+
+    def gradients(self, last: bool):
+        """Around forward and backward: gradients travel between processes on the last one only."""
+        return contextlib.nullcontext() if last or self.world == 1 else self.student.no_sync()
+
+    # --------------------------------------------------------------------------------- the loop
+    def steps(self):
+        """Step numbers from where the run stands to --steps, that one included: then nothing is
+        left to train, but an evaluation may be due."""
+        args, position = self.args, self.position
+        hook = self.optimizer.register_step_pre_hook(self.signals.hold)
+        self.bar = tqdm(total=args.steps, initial=position.step, desc=args.method, unit="step",
+                        disable=self.rank > 0)  # fmt: skip
+        self.shown = {}
+        with self.bar:
+            for step in range(position.step, args.steps + 1):
+                self.watch.restart()
+                yield step
+        hook.remove()
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the student is to be evaluated before this step."""
+        every = self.args.eval_every
+        due = step in (0, self.args.steps) or (every and step % every == 0)
+        return bool(due and self.problems["eval"] and not self.position.evaluated)
+
+    def log_line(self, step: int, loss: float, norm: float, skipped: int, batch, scores) -> dict:
+        """The line of a training step, over all processes."""
+        sums = log.batch_sums(batch, scores, self.args)
+        sums = dict(zip(sums, self.sum(sums.values()), strict=True))
+        return log.log_line(step, loss, norm, skipped, sums, self.watch.seconds, self.args)
+
+    def write(self, line: dict) -> None:
+        """Append a line to the log and move on; now and then a checkpoint. From the first change of
+        a weight to the end of this, signals wait."""
+        self.signals.hold()
+        position, args = self.position, self.args
+        if "loss" in line:
+            names, skipped = ("reverse_kl", "kept"), position.skipped + 1 if line["skipped"] else 0
+            moved = {"step": line["step"], "evaluated": False, "skipped": skipped}
+        else:
+            names, moved = ("accuracy",), {"evaluated": True}
+        random = gather_objects(checkpoint.random_state())
+        if self.log is not None:
+            position.log_bytes = self.log.write(line)
+            self.log.lines.append(line)
+        vars(position).update(moved, random=random)
+        self.shown.update({name: f"{line[name]:.3f}" for name in names})
+        self.bar.set_postfix(self.shown)
+        self.signals.release()
+        if "loss" in line:
+            self.bar.update()
+            every = args.checkpoint_every
+            if every and (position.step % every == 0 or position.step == args.steps):
+                self.signals.hold()
+                self.write_checkpoint()
+                self.signals.release()
+        self.watch.restart()
+
+    def give_up_or_skip(self, step: int, loss: float, norm: float, batch, scores, A_BT, w_BT):
+        """After an update that was left out since loss or gradient was not finite: the last of
+        --max-skipped-steps in a row ends the run. Every process writes its rows to
+        faults/step-<n>-rank<r>.safetensors, and FloatingPointError names the rollouts to blame."""
+        if self.position.skipped + 1 < self.args.max_skipped_steps:
+            return
+        problems, mine = self.problems_of(step)
+        bad_B = ~(scores.logp_BT.isfinite() & A_BT.isfinite()).all(dim=1)
+        guilty = sum(gather_objects([mine[row] for row in bad_B.nonzero()[:, 0].tolist()]), [])
+        tensors = {
+            "ids_BT": batch.ids_BT, "response_mask_BT": batch.response_mask_BT,
+            "student_logp_BT": batch.logp_BT, "teacher_logp_BT": scores.logp_BT,
+            "keep_BT": scores.keep_BT, "advantage_BT": A_BT, "weight_BT": w_BT,
+            "rollout_B": torch.tensor(mine),
+            "problem_B": torch.tensor([problems[row] for row in mine]),
+        }  # fmt: skip
+        name = f"step-{step + 1}-rank{self.rank}.safetensors"
+        path = checkpoint.write_fault(Path(self.args.out), name, tensors)
+        who = "the gradient's alone: no rollout stands out"
+        if guilty:
+            who = "rollouts " + ", ".join(f"{r} (problem {problems[r]})" for r in guilty[:8])
+            who += f" and {len(guilty) - 8} more" * (len(guilty) > 8)
+        raise FloatingPointError(
+            f"step {step + 1}: loss {loss}, gradient norm {norm}, the last of "
+            f"{self.position.skipped + 1} such steps in a row; {who}; the batch is in {path}"
+        )
+
+    # -------------------------------------------------------------------------- folder and resume
+    def describe(self) -> dict:
+        """config.json: every flag, where its value came from, and what the numbers depend on."""
+        return {
+            "flags": vars(self.args),
+            "origins": self.origins,
+            "models": pair.student_and_teacher(self.args),
+            "processes": self.world,
+            "vocabulary": self.vocab_size,
+            "stop_ids": self.stop_ids,
+            "sentence_splitter": self.splitter_name,
+            "training_problems": len(self.prompts["train"]),
+            "prompts_sha256": self.fingerprint(),
+            "evaluation_problems": len(self.prompts["eval"]),
+            "ood_problems": len(self.prompts["ood"]),
+            **surroundings(self.args.device),
+        }
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all prompts and reference answers."""
+        problems = self.problems["eval"] + self.problems["ood"]
+        return pair.fingerprint(self.prompts, [problem["answer"] for problem in problems])
+
+    def find_resume(self, out: Path):
+        """Whether there is a run to go on with in `out`, and from which checkpoint (or None).
+        ValueError: that run has other flags or other prompts, or is beyond --steps."""
+        config = checkpoint.read_config(out) if self.args.resume else None
+        if config is None:
+            return False, None
+        changed = checkpoint.changed_flags(config, vars(self.args), flags.MAY_CHANGE)
+        if changed:
+            raise ValueError(f"--resume: {out} is a run with other flags: {'; '.join(changed)}")
+        if config.get("prompts_sha256") != self.fingerprint():
+            raise ValueError(f"--resume: {out} is a run on other problems: the files have changed")
+        path = checkpoint.newest(out)
+        if path is not None and checkpoint.step_of(path) > self.args.steps:
+            raise ValueError(f"--steps {self.args.steps}: {path} is of a later step")
+        log.check_log(out, checkpoint.read_facts(path)["position"]["log_bytes"] if path else 0)
+        return True, path
+
+    def restore(self, path: Path) -> None:
+        """Put the checkpoint in that folder back. ValueError: it is of another student."""
+        found = checkpoint.read(path)
+        self.position = Position(**found.facts["position"])
+        checkpoint.restore(found, self.model, self.optimizer, self.scheduler)
+        if self.rank < len(self.position.random):
+            checkpoint.set_random_state(self.position.random[self.rank])
+
+    def begin_folder(self, out: Path, resumes: bool, path: Path | None) -> None:
+        """Write the config of a new run, or into the one of an old run where it goes on. What may
+        make that differ from an uninterrupted run is said on stderr."""
+        now = self.describe()
+        if not resumes:
+            checkpoint.make_folder(out)
+            checkpoint.write_json(out / "config.json", now)
+            return
+        checkpoint.forget_faults(out)
+        config = checkpoint.read_config(out)
+        resumed = {"step": self.position.step}
+        for name in ("commit", "device", "processes", "threads", "versions", "started"):
+            resumed[name] = now[name]
+            if config.get(name) != now[name] and name != "started":
+                print(f"train.py: --resume: {name} {config.get(name)}, now {now[name]}: the run "
+                      "may go on otherwise than it would have", file=sys.stderr)  # fmt: skip
+        config["resumed"] = [*config.get("resumed", []), resumed]
+        changed = {"flags": now["flags"], "origins": now["origins"]}
+        checkpoint.write_json(out / "config.json", config | changed)
+        where = f"from {path}" if path else f"{out} from the beginning, it has no whole checkpoint"
+        print(f"train.py: resuming {where}", file=sys.stderr)
+
+    def write_checkpoint(self) -> None:
+        """Rank 0 writes down where the run stands."""
+        if self.rank == 0:
+            self.log.flush()
+            groups, facts = checkpoint.capture(self.model, self.optimizer, self.scheduler)
+            facts["position"] = dataclasses.asdict(self.position)
+            checkpoint.write(Path(self.args.out), self.position.step, groups, facts)
+
+    def finish(self) -> None:
+        """Save the student in Hugging Face format and say what came of the run."""
+        self.signals.hold()
+        out = Path(self.args.out)
+
+        def fill(folder: Path) -> None:
+            self.model.to(getattr(torch, self.args.save_dtype)).save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+        if self.rank == 0:
+            checkpoint.replace_folder(out, "student", fill)
+            log.say_result(self.log.lines)
+            print(f"wrote {out}/config.json, log.jsonl, student/")
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves before rank 0 has saved
+
+
+# ----------------------------------------------------------------------------- start and end of it
+@contextlib.contextmanager
+def start(argv, tables, methods, presets, needs):
+    """Check everything, load, yield a `Run`; afterwards save the result and leave.
+
+    tables, methods, presets: as in `flags.parse`. needs: function args -> `Needs`; its ValueErrors
+    are bad input.
+    """
+    parser, args, origins = flags.parse("train.py", tables, methods, presets, argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    out, code, begun, run = Path(args.out), 0, None, None
+    with signals.Interruptions() as interruptions:
+        try:
+            try:
+                run = open_run(args, origins, needs, interruptions)
+            except ValueError as error:
+                parser.error(str(error))
+            begun = out  # before, an older run may lie there
+            with written_down(run):
+                yield run
+            run.finish()
+        except SystemExit as bad_input:
+            code = bad_input.code
+        except (signals.Stop, Exception) as error:
+            interruptions.hold()  # what else comes is too late
+            if interruptions.number is None:
+                code = signals.end_with_error(begun, error)
+            else:
+                code = signals.end_when_told(begun, signals.Stop(interruptions.number))
+        finally:
+            interruptions.hold()
+    if dist.is_initialized():  # the destructors of gloo's process group lock up, once in 30 runs
+        sys.stdout.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def open_run(args, origins, needs, interruptions) -> Run:
+    """Every check that needs no weights; then the processes meet and hear of each other's errors;
+    then weights, the checkpoint to go on from, the run folder. ValueError: bad input."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    out, run, resume, error = Path(args.out), None, None, None
+    try:
+        wanted = needs(args)
+        if rank == 0:  # alone: another rank's probe in an empty folder would look like a file
+            check_creatable("--out", out)
+            checkpoint.check_folder(out, args.resume)
+        run = Run(args, origins, wanted, rank, world)
+        resume = run.find_resume(out) if rank == 0 else None
+    except (ValueError, OSError) as caught:  # the latter of a folder that may not be looked into
+        error = caught
+    device = start_processes(args, world) if world > 1 or error is None else None
+
+    def raise_it():
+        if error is not None:
+            raise error
+
+    raise_on_all_ranks(raise_it)
+    if rank == 0:
+        flags.say("train.py", args, origins)
+    run.signals = interruptions
+    raise_on_all_ranks(lambda: pair.load_models(run, device))
+    resumes, path = gather_objects(resume)[0]  # the folder is shared, but rank 0 alone looked
+    if path is not None:
+        raise_on_all_ranks(lambda: run.restore(path))
+    raise_on_all_ranks(lambda: run.begin_folder(out, resumes, path) if rank == 0 else None)
+    if world > 1:
+        devices = [device.index] if device.type == "cuda" else None
+        run.student = DistributedDataParallel(run.student, device_ids=devices)
+    return run
+
+
+@contextlib.contextmanager
+def written_down(run: Run):
+    """Keep the log open; whatever ends the body early, rank 0 first writes a checkpoint of the last
+    line of the log."""
+    out, position = Path(run.args.out), run.position
+    run.log = log.Log(out, position.log_bytes) if run.rank == 0 else None
+    position.random = position.random or gather_objects(checkpoint.random_state())
+    try:
+        yield
+    except BaseException:
+        if not run.signals.held:  # else the weights are ahead of the log
+            with contextlib.suppress(Exception):  # the disk may be full, or the GPU gone
+                run.write_checkpoint()
+        raise
+    finally:
+        if run.log is not None:
+            run.log.close()

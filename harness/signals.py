@@ -1,0 +1,101 @@
+"""Signals that end a run, and what is said when it ends before its time."""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import torch.distributed as dist
+
+from harness import checkpoint
+
+
+class Stop(BaseException):
+    """A signal asked the process to end; no `except Exception` on its way up may swallow it.
+
+    exit_code: 0 after SIGTERM, for ending when told is no failure; 130 after Ctrl-C and 129 after
+        the terminal hung up (SIGHUP), as shells have it.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 0 if number == signal.SIGTERM else 128 + number
+
+
+STOPS = {"SIGTERM", "SIGINT", "SIGHUP"} & {number.name for number in signal.Signals}
+
+
+class Interruptions:
+    """STOPS become a `Stop` wherever the program is, but not between `hold` and `release`, where
+    there may be weights without their line in the log: there they wait.
+
+    The first signal counts; what comes after it is ignored, so that a checkpoint can be written in
+    peace (SIGQUIT and SIGKILL still end everything at once). A signal that was ignored when the
+    program began, as Ctrl-C is in a background job and SIGHUP behind nohup, stays ignored. A
+    context manager: on leaving, handlers are what they were. Outside the main thread it does
+    nothing.
+    """
+
+    def __init__(self):
+        self.number, self.held, self.before = None, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.Signals[name] for name in STOPS):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._arrived)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _arrived(self, number, _frame):
+        if self.number is None:
+            self.number = number
+            if not self.held:
+                raise Stop(number)
+
+    def hold(self, *_) -> None:
+        """From here on signals wait."""
+        self.held = True
+
+    def release(self) -> None:
+        """From here on they do not; one that came meanwhile, or got lost, is raised now."""
+        self.held = False
+        if self.number is not None:
+            raise Stop(self.number)
+
+
+def end_when_told(out: Path | None, stop: Stop) -> int:
+    """After SIGTERM, Ctrl-C or SIGHUP: say how to go on; returns the exit code. out: None if the
+    run has not begun."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0:
+        path = checkpoint.last_written(out) if out else None
+        how = f"{path} is written, --resume goes on from there" if path else "nothing was written"
+        print(f"\ntrain.py: stopped by {stop}; {how}", file=sys.stderr, flush=True)
+    elif out:  # perhaps it is the only one that was told
+        checkpoint.first_fault(out, f"rank {rank}: stopped by {stop}")
+    return stop.exit_code
+
+
+def end_with_error(out: Path | None, error: Exception) -> int:
+    """After an error: the process in which it happened says so, on stderr and for the others in
+    faults/; the others, which only lost contact, name that one. Returns the exit code."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    text = f"{type(error).__name__}: {error}"
+    lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)
+    if lost:
+        text = f"lost contact with another process: {error}"
+    if world > 1:
+        text = f"rank {rank}: {text}"
+        first = checkpoint.first_fault(out, text) if out else text
+        if first != text:
+            text, lost = f"rank {rank} ends because of {first}", True
+    if not lost and not isinstance(error, FloatingPointError | OSError):
+        traceback.print_exception(error)
+    print(f"\ntrain.py: error: {text}", file=sys.stderr, flush=True)
+    return 1
