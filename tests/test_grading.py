@@ -223,7 +223,7 @@ import numpy as np
 sys.path.insert(0, {root!r})
 import grading, harness, teachability, toy
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs begin without
-tokenizer = harness.load_tokenizer(toy.world().student)
+tokenizer = harness.load_tokenizer(toy.world("varied").student)
 tokenizer(["The dial starts at 3."] * 5000)  # with the library's own threads
 
 def split(text):
