@@ -1,8 +1,8 @@
 """The models of the toy worlds: tokenizer, training, and what each of them can do.
 
-Students and most teachers are trained from scratch (RECIPES). The other teachers start from the
-teacher of the world `clean` and go on with the spoilt texts of their own world. The student is
-smaller than the teachers, has another seed, and has seen wrong moves: right now and then.
+Students, the clean teacher and those of the forks are trained from scratch (RECIPES). All other
+teachers start from the clean one and go on with the spoilt texts of their world. A student is
+smaller than its teacher, has another seed, and has seen wrong moves: it is right now and then.
 The weights depend on the seed and, through float32 rounding, on the machine; problems and texts
 depend on the seed only.
 """
@@ -263,7 +263,7 @@ def in_order(names):
 
 def train_models(out, names, base, *, seed=0, steps=None):
     """Train the named models into `out`; those not in RECIPES start from the teacher in `base`."""
-    refuse_overwrite([out / name for name in names], force=True)
+    refuse_overwrite([out / name for name in in_order(names)], force=True)
     tokenizer, noise = build_tokenizer(), {w.teacher.name: w.noise for w in toy.WORLDS.values()}
     for name in in_order(names):
         if name not in RECIPES:
@@ -293,10 +293,11 @@ def accuracy(model, tokenizer, records, *, samples, temperature):
     """Share of right answers (mean@n) to records of `problems`, by `evaluate.sample_answers`."""
     items = harness.from_records(records, "toy")
     prompts = harness.render_prompts(tokenizer, items)
+    longest = toy.MOVE_TOKENS * toy.MAX_MOVES + 40  # another limit draws other random numbers
     answers = evaluate.sample_answers(
         model, tokenizer, items, prompts, samples=samples, temperature=temperature, batch_size=200,
-        max_new_tokens=toy.response_limit(toy.MAX_MOVES), stop_ids=[tokenizer.eos_token_id],
-        pad_id=tokenizer.pad_token_id, generator=torch.Generator().manual_seed(0), progress=False,
+        max_new_tokens=longest, stop_ids=[tokenizer.eos_token_id], pad_id=tokenizer.pad_token_id,
+        generator=torch.Generator().manual_seed(0), progress=False,
     )  # fmt: skip
     return sum(a["correct"] for row in answers for a in row) / (samples * len(records))
 

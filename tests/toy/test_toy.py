@@ -372,6 +372,17 @@ def test_graded_worlds():
     assert len({w.about for w in toy.WORLDS.values()}) == len(toy.WORLDS)
 
 
+def test_the_readme_lists_every_world():
+    rows = re.findall(r"^\| (`.*`) \| .* \| (\d+) \| (shipped|built on demand) \|$",
+                      (ROOT / "toy" / "README.md").read_text(), re.MULTILINE)  # fmt: skip
+    listed = {}
+    for names, moves, weights in rows:
+        first, *more = re.findall("`(.+?)`", names)  # `fork-0.1`, `-0.25`: all begin alike
+        for name in (first, *(first.split("-")[0] + end for end in more)):
+            listed[name] = int(moves), weights == "shipped"
+    assert listed == {name: (w.moves, w.shipped) for name, w in toy.WORLDS.items()}
+
+
 def test_a_missing_model_names_its_command(tmp_path):
     for name, world in (("horizon-0.1", "horizon-0.1"), ("fork-student", "fork")):
         assert toy.build_command(toy.ASSETS / name) == f"python -m toy --world {world}"
