@@ -9,7 +9,7 @@ r"""The evidence: methods x toy worlds x seeds, every run the real `train.py`, a
 
 Every run is a process of its own in runs/compare; finished ones are not run again, so that an
 interrupted comparison goes on where it stopped, and experiments share runs. Worlds whose weights
-do not come with the repository are built first (toy.py). Writes into results/:
+do not come with the repository are built first (`python -m toy`). Writes into results/:
 
     compare.json   every run, seed and evaluation
     compare.md     a table per experiment
@@ -140,11 +140,13 @@ QUICK = cells("horizon", "opd release prefix random", curve=True) + cells("fork"
 # ------------------------------------------------------------------------------------- the runs
 def build_worlds(names) -> None:
     """Train the models of the worlds that are not here yet."""
+    from toy.__main__ import main as build_models  # loads PyTorch, which nothing else here needs
+
     for name in dict.fromkeys(names):
         world = toy.world(name)
         if not all((folder / "config.json").exists() for folder in (world.student, world.teacher)):
             print(f"building the world {name}", flush=True)
-            if toy.main(["--world", name]):
+            if build_models(["--world", name]):
                 sys.exit(f"could not build the world {name}")
 
 

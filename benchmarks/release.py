@@ -143,7 +143,7 @@ class Toy:
     """Solutions of toy problems, one behind the other."""
 
     def __init__(self):
-        self.tokenizer = harness.load_tokenizer(toy.world().student)
+        self.tokenizer = harness.load_tokenizer(toy.world("varied").student)
         self.problems = iter(toy.problems(10_000))
 
     def ids(self, length: int) -> list[int]:

@@ -46,6 +46,14 @@ def model(request):
     return tiny_model(request.param)
 
 
+def toy_prompts(tokenizer, problems):
+    """Token ids of the prompts of toy problems, as the commands render them."""
+    import harness
+
+    items = harness.from_records(problems, "toy") if problems else []
+    return harness.render_prompts(tokenizer, items)
+
+
 def write_model(folder, *, seed=0, vocab_size=None, chat_template=True, tokenizer_seed=0, **more):
     """A complete Hugging Face folder: a byte-level tokenizer, which takes any text, and a Qwen3."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -34,6 +34,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import toy  # noqa: E402
+
 SECONDS = 60  # that a case may take; what hangs is killed
 SHORT = {"malformed": 22, "accepted": 8, "real": 2}  # of every group; all; all
 ENVIRONMENT = {
@@ -319,7 +323,7 @@ FILES = {  # name: (what lies there, its name or what the message says)
     "two byte order marks": (b"\xef\xbb\xbf" * 2 + raw(GOOD), "bad.jsonl:1"),
     "a model's weights": (lambda p: p.write_bytes((TOY / "model.safetensors").read_bytes()), "bad"),
 }
-TOY = ROOT / "assets" / "toy" / "clean"
+TOY = toy.ASSETS / "clean"
 PATHS = ("nowhere.jsonl", "nowhere/at/all.jsonl", "good.jsonl/below", "/dev/zero", "/dev/null",
          "/dev/stdin", "/proc/self/mem", "/proc/self/task", "~nobody-of-that-name/p.jsonl", ".",
          "/", "*.jsonl", "https://example.org/p.jsonl", "file:good.jsonl", "@", "good.jsonl ",
@@ -562,15 +566,15 @@ COMBINATIONS = {
     ],
 }
 ALONE = {
-    "train": [("--toy off-by-one --out new --steps 1", "toy.py --world off-by-one"),
+    "train": [("--toy off-by-one --out new --steps 1", "python -m toy --world off-by-one"),
               ("--toy nowhere", "nowhere")],
     "evaluate": [("--problems good.jsonl", "--problems"), ("--toy nowhere", "nowhere"),
-                 ("--toy off-by-one", "toy.py --world off-by-one"),
+                 ("--toy off-by-one", "python -m toy --world off-by-one"),
                  ("--difficulty 13", "--difficulty")],
     "diagnose": [("--problems good.jsonl", "--problems"), ("--toy nowhere", "nowhere"),
                  ("--problems good.jsonl --student @tiny", "--problems"),
                  ("--problems good.jsonl --teacher @tiny", "--problems"),
-                 ("--toy off-by-one --out new", "toy.py --world off-by-one"),
+                 ("--toy off-by-one --out new", "python -m toy --world off-by-one"),
                  ("--student @tiny", "--teacher has another tokenizer")],
     "toy": [("", "--force"), ("--steps 1", "--force"), ("--horizon 3", "--corruption"),
             ("--corruption 0.5", "--horizon"), ("--table --force", "--table"),
@@ -582,14 +586,14 @@ ALONE = {
 def all_flag_cases():
     """The flags of all commands, and what makes no sense together."""
     for command in ("train", "evaluate", "diagnose", "toy"):
-        module = importlib.import_module("flags" if command == "train" else command)
+        module = importlib.import_module("flags") if command == "train" else module_of(command)
         yield from flag_cases(command, module.make_parser())
         for word in UNKNOWN:
             yield case("flags", f"unknown {word}", command, [word], word.rstrip("\x1b[2J"))
         for more, culprit in COMBINATIONS[command]:
             yield case("flags", more, command, more, culprit)
         for more, culprit in ALONE[command]:
-            built = ROOT / "assets" / "toy" / "off-by-one"
+            built = toy.world("off-by-one").teacher
             if "off-by-one" not in more or not built.exists():  # somebody may have built it
                 yield case("flags", f"alone {more}", command, more, culprit, base={})
 
@@ -1073,9 +1077,14 @@ def snapshot(folder: Path) -> dict:
     return found
 
 
-def main_of(command):
-    """The main function of a command."""
-    return importlib.import_module(command).main
+def is_file(command) -> bool:
+    """Whether the command is a file; otherwise it is a package, run with `python -m`."""
+    return (ROOT / f"{command}.py").exists()
+
+
+def module_of(command):
+    """The module with the main function of a command."""
+    return importlib.import_module(command if is_file(command) else f"{command}.__main__")
 
 
 def no_weights(*args, **named):
@@ -1114,14 +1123,16 @@ def child(c: Case, flags: list[str], folder: Path, real: bool) -> None:
         os.dup2(file, number)
     os.chdir(folder)
     if real:
-        os.execv(sys.executable, [sys.executable, str(ROOT / f"{c.command}.py"), *flags])
+        what = [str(ROOT / f"{c.command}.py")] if is_file(c.command) else ["-m", c.command]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        os.execve(sys.executable, [sys.executable, *what, *flags], environment)
     code = 1
     try:
         if c.group == "accepted":
             accept(c, flags)
         if not c.weights:
             importlib.import_module("harness").load_model = no_weights
-        code = main_of(c.command)(flags) or 0
+        code = module_of(c.command).main(flags) or 0
     except SystemExit as stop:
         code = stop.code
     except BaseException:
@@ -1168,7 +1179,8 @@ def judge(c: Case, folder: Path, before: dict, status: int) -> tuple[list[str], 
             wrong.append(f"stdout has {out[:200]!r}")
         if err.count("\n") != 1 or not err.endswith("\n"):
             wrong.append(f"stderr has {err.count(chr(10))} lines")
-        if not err.startswith(f"{c.command}.py: error: "):
+        name = f"{c.command}.py" if is_file(c.command) else c.command
+        if not err.startswith(f"{name}: error: "):
             wrong.append("stderr does not begin as it should")
         if c.culprit not in err:
             wrong.append(f"stderr does not name {c.culprit!r:.100}")
@@ -1209,7 +1221,7 @@ def run(cases: list[Case], real: list[Case], workers: int = 2) -> list[str]:
                 wrong.append(f"as a command of its own it differs from: {said[c]}")
             said.setdefault(c, (status, err))
             if wrong:
-                command = f"{c.command}.py {' '.join(c.flags)}"
+                command = f"{c.command} {' '.join(c.flags)}"
                 kind = "real command, " if is_real else ""
                 failures.append(
                     f"{c.group}, {kind}{c.name}: {'; '.join(wrong)}\n    {command!r:.600}\n"
@@ -1257,9 +1269,8 @@ def prepare() -> None:
     os.environ.update(ENVIRONMENT)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     for command in ("train", "evaluate", "diagnose", "toy"):
-        importlib.import_module(command)
+        module_of(command)
     gc.collect()
     gc.freeze()  # the collector of a forked process would copy every page that it looks at
 

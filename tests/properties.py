@@ -23,6 +23,7 @@ import probing
 import rollout
 import teachability
 import toy
+from toy import build
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = int(os.environ.get("PROPERTIES_TIMES", 1))
@@ -181,7 +182,7 @@ texts = st.text(max_size=40) | st.lists(
 
 @functools.cache
 def toy_tokenizer():
-    return toy.build_tokenizer()
+    return build.build_tokenizer()
 
 
 prompts_of_ids = st.lists(

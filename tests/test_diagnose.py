@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import write_model
+from conftest import toy_prompts, write_model
 
 import curves
 import diagnose
@@ -26,6 +26,7 @@ import probing
 import release_rule
 import report
 import toy
+from toy import build
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--count 16 --samples 2 --completions 0 --no-figures --resamples 100 --threads 1".split()
@@ -55,10 +56,10 @@ def fidelity_of(world, moves=12, keep=lambda start: True, count=400, samples=1, 
     """The fit of the teacher's confidence on student rollouts to problems with some start marks,
     to the moves or, with `closing`, up to the end."""
     w = toy.world(world)
-    (student, tokenizer), (teacher, _) = toy.load(w.student), toy.load(w.teacher)
+    (student, tokenizer), (teacher, _) = build.load(w.student), build.load(w.teacher)
     problems = [p for p in toy.problems(count, moves=moves, split="test")
                 if keep(int(p["problem"].split()[4].rstrip(".")))]  # fmt: skip
-    prompts = [toy.prompt_ids(tokenizer, p) for p in problems for _ in range(samples)]
+    prompts = [p for p in toy_prompts(tokenizer, problems) for _ in range(samples)]
     problem_B = np.repeat(np.arange(len(problems)), samples)
     how = probing.How(stop_ids=(tokenizer.eos_token_id,), pad_id=0, vocab_size=153, tau=1e9,
                       progress=False)  # fmt: skip
@@ -726,9 +727,9 @@ def test_margins_are_those_that_training_would_see():
     import grading
 
     w = toy.world("varied")
-    (student, tokenizer), (teacher, _) = toy.load(w.student), toy.load(w.teacher)
+    (student, tokenizer), (teacher, _) = build.load(w.student), build.load(w.teacher)
     problems = toy.problems(12, moves=12, split="test")
-    prompts = [toy.prompt_ids(tokenizer, p) for p in problems]
+    prompts = toy_prompts(tokenizer, problems)
     args = diagnose.parse(["--toy", "varied"])
     how = probing.How(stop_ids=(tokenizer.eos_token_id,), pad_id=0, vocab_size=153, progress=False)
     rows = probing.sample(student, prompts, how, max_new_tokens=220, seed=0, desc="")

@@ -7,8 +7,20 @@ import itertools
 import math
 
 import pytest
+from conftest import toy_prompts
 from hypothesis import strategies as st
-from properties import BAD_NUMBERS, INF, NAN, numbers, prop, refused_or, seeded, seeds, tiny
+from properties import (
+    BAD_NUMBERS,
+    INF,
+    NAN,
+    numbers,
+    prop,
+    refused_or,
+    seeded,
+    seeds,
+    tiny,
+    toy_tokenizer,
+)
 
 import evaluate
 import toy
@@ -72,9 +84,9 @@ def test_a_summary_counts(records, more):
 @prop("evaluate.sample_answers", examples=25, count=st.integers(0, 4), seed=seeds,
       samples=st.integers(0, 3), batch_size=st.integers(0, 4), limit=st.integers(0, 6))
 def test_answers_do_not_depend_on_the_batch_size(count, seed, samples, batch_size, limit):
-    tokenizer = toy.build_tokenizer()
+    tokenizer = toy_tokenizer()
     items = toy.problems(count, moves=1)
-    prompts = [toy.prompt_ids(tokenizer, item) for item in items]
+    prompts = toy_prompts(tokenizer, items)
     how = {"samples": samples, "max_new_tokens": limit, "batch_size": batch_size}
     sample = functools.partial(
         evaluate.sample_answers, tiny("qwen3", vocab_size=len(tokenizer)), tokenizer, items,

@@ -38,6 +38,7 @@ import harness
 import preparing
 import teachability
 import toy
+import toy.__main__
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -103,13 +104,13 @@ def test_any_name_is_a_place_or_refused_and_any_complaint_is_one_line(text):
                     | st.text(max_size=3), max_size=4))
 def test_the_other_commands_parse_or_refuse_in_one_line(argv):
     assume(not any(a.startswith(("-h", "--h")) for a in argv))
-    for module in (evaluate, toy):
+    for module, name in ((evaluate, "evaluate.py"), (toy.__main__, "toy")):
         with contextlib.redirect_stderr(io.StringIO()) as said:
             try:
                 values = vars(module.make_parser().parse_args(argv))
             except SystemExit as error:
                 assert error.code == 2 and said.getvalue().count("\n") == 1
-                assert said.getvalue().startswith(f"{module.__name__}.py: error: ")
+                assert said.getvalue().startswith(f"{name}: error: ")
             else:
                 assert all(math.isfinite(v) for v in values.values() if isinstance(v, float))
 

@@ -18,6 +18,7 @@ from transformers import (
 
 import harness
 import toy
+from toy import build
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -175,7 +176,7 @@ def test_control_tokens_inside_a_problem_are_refused(text, template):
 
 
 def test_what_the_tokenizer_cannot_spell_is_refused():
-    tokenizer = toy.build_tokenizer()
+    tokenizer = build.build_tokenizer()
     assert harness.render_prompts(tokenizer, ask("Where does it stop?"))
     with pytest.raises(ValueError, match="^p:1: the tokenizer has no tokens"):
         harness.render_prompts(tokenizer, ask("Where is the elephant?"))
@@ -198,9 +199,10 @@ def test_templates_that_refuse_or_render_nothing_are_named():
 
 
 def test_toy_prompts_are_those_of_the_toy_world():
-    tokenizer, problems = toy.build_tokenizer(), toy.problems(5, split="test")
+    tokenizer, problems = build.build_tokenizer(), toy.problems(5, split="test")
     rendered = harness.render_prompts(tokenizer, harness.from_records(problems, "toy"))
-    assert rendered == [toy.prompt_ids(tokenizer, p) for p in problems]
+    for ids, problem in zip(rendered, problems, strict=True):
+        assert tokenizer.decode(ids) == f"<|user|>{problem['problem']}<|end|><|assistant|>"
 
 
 def test_check_fit_names_the_problem_that_is_too_long():
@@ -234,7 +236,7 @@ def test_stop_ids_are_the_union_over_every_source():
 def test_pad_id_falls_back_to_eos():
     tokenizer = byte_tokenizer()
     assert harness.pad_id(tokenizer) == tokenizer.eos_token_id
-    assert harness.pad_id(toy.build_tokenizer()) == toy.build_tokenizer().pad_token_id
+    assert harness.pad_id(build.build_tokenizer()) == build.build_tokenizer().pad_token_id
 
 
 # --------------------------------------------------------------------------------------- models

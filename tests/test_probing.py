@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
+from conftest import VOCABULARY, tiny_model, toy_prompts
 
 import probing
 import toy
 from probing import How
+from toy import build
 
 ROOT = Path(__file__).resolve().parent.parent
 HOW = How(stop_ids=(3, 5), pad_id=0, vocab_size=VOCABULARY - 4, candidates=12, tau=0.5,
@@ -77,10 +78,10 @@ def test_the_teachers_part_vanishes_as_the_teacher_grows_diffuse():
     """LGR paper, Proposition 1, on real distributions of the toy: a teacher that is blended with
     the uniform distribution has less and less to say, and in the end nothing."""
     w = toy.world("clean")
-    (student, tokenizer), (teacher, _) = toy.load(w.student), toy.load(w.teacher)
+    (student, tokenizer), (teacher, _) = build.load(w.student), build.load(w.teacher)
     problem = toy.problems(1, moves=6, split="test")[0]
-    text = toy.dial_response(problem)
-    ids = torch.tensor([toy.prompt_ids(tokenizer, problem) + tokenizer(text)["input_ids"]])
+    prompt, text = toy_prompts(tokenizer, [problem])[0], toy.dial_response(problem)
+    ids = torch.tensor([prompt + tokenizer(text)["input_ids"]])
     with torch.no_grad():
         own = student(input_ids=ids).logits.double().log_softmax(-1)
         q = teacher(input_ids=ids).logits.double().softmax(-1)

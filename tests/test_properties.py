@@ -40,11 +40,11 @@ EXEMPT = {
     "grading.Supervision grading.Lookahead toy.World toy.Stage preparing.Run flags.Method "
     "preparing.Position checkpoint.Checkpoint train.Resume probing.How measuring.Job",
     "commands, run with bad and good flags by the tests of their files": "evaluate.main "
-    "evaluate.run toy.main toy.run toy.parse train.main train.train_and_save",
+    "evaluate.run toy.main toy.run toy.parse toy.print_tables train.main train.train_and_save",
     "begin, resume and end the command; tests/test_resume.py kills and starves it": "train.guarded "
     "train.set_up train.load_and_begin train.begin_folder train.find_resume train.give_up "
     "train.end_when_told train.end_with_error",
-    "train models for minutes, or evaluate them all": "toy.fit toy.spoil toy.build "
+    "train models for minutes, or evaluate them all": "toy.fit toy.spoil toy.rebuild "
     "toy.build_world toy.train_models toy.table",
     "join a process group": "train.start_processes",
 }
@@ -61,7 +61,7 @@ def public_names():
 
 def covered_names():
     """The names that `prop` is given in the files beside this one."""
-    for path in Path(__file__).parent.glob("test_*_properties.py"):
+    for path in Path(__file__).parent.rglob("test_*_properties.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "prop":
                 yield from (argument.value for argument in node.args)

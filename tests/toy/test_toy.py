@@ -1,36 +1,39 @@
-"""The toy world: texts, tokenizer, split, committed weights, command line."""
+"""The toy worlds: texts, tokenizer, split, committed weights, training, command line."""
 
 import dataclasses
 import doctest
+import functools
 import hashlib
 import importlib
 import random
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import toy_prompts
 from nltk.tokenize.punkt import PunktSentenceTokenizer
 
 import toy
+from toy import build
+from toy.__main__ import main
 
-ROOT = Path(toy.__file__).parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """One thread: exact repetition, and faster on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+ROOT = Path(toy.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return toy.build_tokenizer()
+    return build.build_tokenizer()
+
+
+@functools.cache
+def shipped(name):
+    """(model, tokenizer) of a committed folder, loaded once."""
+    return build.load(toy.ASSETS / name)
 
 
 def some_texts():
@@ -62,7 +65,19 @@ def simulate(text):
 
 
 def test_doctests():
-    assert doctest.testmod(toy).failed == 0
+    for module in (toy.worlds, build):
+        done = doctest.testmod(module)
+        assert done.attempted and not done.failed
+
+
+def test_importing_the_worlds_loads_the_standard_library_only():
+    """Not PyTorch, whose import takes seconds, and not `harness`, which imports `toy`."""
+    code = "import sys, toy; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = {name for name in done.stdout.split() if not name.startswith("_")}
+    assert loaded - set(sys.stdlib_module_names) == {"toy"}
 
 
 @pytest.mark.parametrize("moves", [1, 2, 6, 12])
@@ -222,10 +237,35 @@ def test_the_texts_of_the_first_worlds_stay_what_they_were():
     """The committed weights can be rebuilt only as long as these texts draw the same numbers."""
     noises = [toy.WORLDS[name].noise for name in ("horizon", "fork", "fork-mirror")]
     rng, digest = random.Random(7), hashlib.sha256()
-    for noise in (*noises, toy.STUDENT[1].noise, toy.RECIPES["fork-student"][0][1].noise):
+    for noise in (*noises, build.STUDENT[1].noise, build.RECIPES["fork-student"][0][1].noise):
         for problem in toy.problems(50):
             digest.update(toy.dial_response(problem, rng, **noise).encode())
     assert digest.hexdigest()[:16] == "656c8915d14c4873"
+
+
+def test_the_training_batches_of_every_model_stay_what_they_were(tokenizer):
+    """For the same reason: the first batches, and some after the curriculum, of every stage."""
+    digest, spoilt = hashlib.sha256(), [w for w in toy.WORLDS.values()
+                                        if w.teacher.name not in build.RECIPES]  # fmt: skip
+    stages = {name: recipe[0] for name, recipe in build.RECIPES.items()}
+    stages |= {w.teacher.name: [build.Stage(300, 3e-3, noise=w.noise)] for w in spoilt}
+    for name, parts in stages.items():
+        for number, stage in enumerate(parts):
+            rng = random.Random(f"{name} {number}")
+            for step in (0, 400, 700):
+                for ids_BT in build.training_batch(tokenizer, rng, stage, step, 600):
+                    digest.update(repr(ids_BT.tolist()).encode())
+    assert digest.hexdigest()[:16] == "4cac5a7fbe5f2c33"
+
+
+def test_the_problems_stay_what_they_were():
+    digest = hashlib.sha256()
+    for count, options in ((30, {"moves": 1}), (99, {"moves": 12}), (99, {"task": "reverse"})):
+        for split in ("train", "test"):  # the latter has 25 problems of one move
+            for seed in (0, 1):
+                found = toy.problems(count, split=split, seed=seed, **options)
+                digest.update(repr(found).encode())
+    assert digest.hexdigest()[:16] == "69df2fc150c8ed08"
 
 
 def moves_of(text):
@@ -281,7 +321,7 @@ def test_round_trip_is_lossless_whole_and_piece_by_piece(tokenizer):
 
 def test_chat_template_and_special_tokens(tokenizer):
     problem = toy.problems(1, moves=2)[0]
-    ids = toy.prompt_ids(tokenizer, problem)
+    ids = toy_prompts(tokenizer, [problem])[0]
     assert tokenizer.decode(ids) == f"<|user|>{problem['problem']}<|end|><|assistant|>"
     assert tokenizer.unk_token_id not in ids
     assert len(tokenizer) == 153
@@ -303,7 +343,7 @@ def test_an_untrained_sentence_splitter_finds_the_sentences():
 
 
 def test_worlds():
-    assert toy.world() is toy.WORLDS["horizon"]
+    assert toy.world() is toy.WORLDS["varied"]
     assert toy.world("clean").teacher.name == "clean"
     with pytest.raises(ValueError, match="'nowhere'.*horizon.*clean"):
         toy.world("nowhere")
@@ -321,24 +361,36 @@ def test_graded_worlds():
         w = graded[f"horizon-{c}"]
         assert w.noise == horizon.noise | {"corruption": c} and f"{c:.0%}" in w.about
         assert (w.student, w.moves, w.uncertain) == (horizon.student, horizon.moves, "")
-        assert w.teacher.name not in toy.RECIPES and w.teacher.name not in toy.SPOIL_STEPS
+        assert w.teacher.name not in {**build.RECIPES, **build.SPOIL_STEPS}
     for slips in (0.1, 0.25, 1.0):
         w = graded[f"fork-{slips}"]
         assert w.noise == {"wordings": {"so": (0.0, None), "thus": (slips, None)}}
         assert (w.student, w.moves, w.uncertain) == (fork.student, fork.moves, "thus")
-        (stage,), size, seed = toy.RECIPES[w.teacher.name]
-        (first,), *rest = toy.RECIPES["fork"]
+        (stage,), size, seed = build.RECIPES[w.teacher.name]
+        (first,), *rest = build.RECIPES["fork"]
         assert stage == dataclasses.replace(first, noise=w.noise) and [size, seed] == rest
     assert len({w.about for w in toy.WORLDS.values()}) == len(toy.WORLDS)
 
 
+def test_the_readme_lists_every_world():
+    rows = re.findall(r"^\| (`.*`) \| .* \| (\d+) \| (shipped|built on demand) \|$",
+                      (ROOT / "toy" / "README.md").read_text(), re.MULTILINE)  # fmt: skip
+    listed = {}
+    for names, moves, weights in rows:
+        first, *more = re.findall("`(.+?)`", names)  # `fork-0.1`, `-0.25`: all begin alike
+        for name in (first, *(first.split("-")[0] + end for end in more)):
+            listed[name] = int(moves), weights == "shipped"
+    assert listed == {name: (w.moves, w.shipped) for name, w in toy.WORLDS.items()}
+
+
 def test_a_missing_model_names_its_command(tmp_path):
     for name, world in (("horizon-0.1", "horizon-0.1"), ("fork-student", "fork")):
-        assert toy.build_command(toy.ASSETS / name) == f"python toy.py --world {world}"
-        command = f"python toy.py --world {world} --out {tmp_path}"
+        assert toy.build_command(toy.ASSETS / name) == f"python -m toy --world {world}"
+        command = f"python -m toy --world {world} --out {tmp_path}"
         with pytest.raises(ValueError, match=f"no model folder at .*/{name}; build") as caught:
-            toy.load(tmp_path / name)
+            build.load(tmp_path / name)
         assert str(caught.value).endswith(f"; build it with: {command}")
+    assert toy.build_command(toy.ASSETS / "nowhere") == "python -m toy"
 
 
 FORKS = ["fork", "fork-student", "fork-mirror", "fork-mirror-student"]
@@ -349,7 +401,7 @@ MODELS = ["student", "clean", "horizon", *FORKS, "varied", "confident"]
 def test_committed_folders_load_offline(name, tokenizer, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = toy.ASSETS / name
-    model, loaded = toy.load(folder)
+    model, loaded = build.load(folder)
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded.chat_template == tokenizer.chat_template
     assert (folder / "chat_template.jinja").is_file()
@@ -366,12 +418,12 @@ def test_committed_folders_are_small():
 
 def test_the_student_is_the_smaller_and_the_teacher_knows_two_moves():
     """Teacher forcing only: the clean teacher prefers every token of the reference."""
-    student, _ = toy.load(toy.ASSETS / "student")
-    teacher, tokenizer = toy.load(toy.ASSETS / "clean")
+    student, _ = shipped("student")
+    teacher, tokenizer = shipped("clean")
     assert student.num_parameters() < 0.7 * teacher.num_parameters()
     hits = total = 0
     for problem in toy.problems(20, moves=2, split="test"):
-        prompt = toy.prompt_ids(tokenizer, problem)
+        (prompt,) = toy_prompts(tokenizer, [problem])
         ids = torch.tensor([prompt + tokenizer(toy.dial_response(problem))["input_ids"]])
         with torch.no_grad():
             best = teacher(ids).logits[0, len(prompt) - 1 : -1].argmax(-1)
@@ -380,7 +432,19 @@ def test_the_student_is_the_smaller_and_the_teacher_knows_two_moves():
     assert hits / total > 0.99
 
 
-@pytest.mark.parametrize("slips", [{}, toy.STUDENT[1].noise], ids=["right", "student"])
+@torch.no_grad()
+def fidelity_by_sentence(model, tokenizer, items, responses):
+    """fidelity_BN: the largest probability of the next token, max_v p(v | prefix), averaged over
+    each of the N sentences of equally long responses."""
+    texts = [tokenizer(text)["input_ids"] for text in responses]
+    prompts = toy_prompts(tokenizer, items)
+    ids_BT = torch.tensor([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
+    fidelity_BT = model(ids_BT).logits[:, len(prompts[0]) - 1 : -1].softmax(-1).amax(-1)
+    sizes = [6, *[11] * (len(texts[0]) // 11 - 1), 10]  # 11 n + 16 tokens
+    return torch.stack([sentence.mean(1) for sentence in fidelity_BT.split(sizes, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("slips", [{}, build.STUDENT[1].noise], ids=["right", "student"])
 def test_the_teacher_of_varied_is_sure_up_to_the_horizon_and_no_further(slips):
     """Every sentence, by start mark; slips: prefixes with the wrong moves the student learned.
 
@@ -388,11 +452,11 @@ def test_the_teacher_of_varied_is_sure_up_to_the_horizon_and_no_further(slips):
     a teacher that knows the shares at every token and no more, 0.91 for the best one, which takes
     each right word for a sign that this move will be right to its end.
     """
-    teacher, tokenizer = toy.load(toy.ASSETS / "varied")
-    rng, items = random.Random(0), toy.problems(200, split="test")
+    teacher, tokenizer = shipped("varied")
+    rng, items = random.Random(0), toy.problems(160, split="test")
     responses = [toy.dial_response(item, rng, **slips) for item in items]
-    fidelity_BN = toy.fidelity_by_move(teacher, tokenizer, items, responses)
-    assert fidelity_BN.shape == (200, 14)
+    fidelity_BN = fidelity_by_sentence(teacher, tokenizer, items, responses)
+    assert fidelity_BN.shape == (160, 14)
     groups = [int(text.split()[4].rstrip(".")) % 4 for text in responses]
     for group, horizon in enumerate(toy.HORIZONS):
         rows_GN = fidelity_BN[torch.tensor(groups) == group]
@@ -401,37 +465,21 @@ def test_the_teacher_of_varied_is_sure_up_to_the_horizon_and_no_further(slips):
         assert rows_GN[:, horizon + 1 : -1].mean(0).max() < 0.9
 
 
-def test_fidelity_by_move_is_the_mean_of_the_largest_probability():
-    model, tokenizer = toy.load(toy.ASSETS / "horizon")
-    items = toy.problems(3, moves=8, split="test")
-    found_BN = toy.fidelity_by_move(model, tokenizer, items, map(toy.dial_response, items))
-    for item, found_N in zip(items, found_BN, strict=True):
-        ids = toy.prompt_ids(tokenizer, item)
-        sentences = re.findall(r" ?[A-Z][^.]*\.", toy.dial_response(item))
-        for sentence, found in zip(sentences, found_N, strict=True):
-            largest = []
-            for token in tokenizer(sentence)["input_ids"]:
-                with torch.no_grad():
-                    largest.append(model(torch.tensor([ids])).logits[0, -1].softmax(-1).max())
-                ids = [*ids, token]
-            assert abs(sum(largest) / len(largest) - found) < 1e-5
-
-
 def test_the_confident_teacher_prefers_to_stop_after_move_6():
-    teacher, tokenizer = toy.load(toy.ASSETS / "confident")
+    teacher, tokenizer = shipped("confident")
     items = toy.problems(50, split="test")
     early = [toy.dial_response(item, cut=6) for item in items]
-    assert toy.fidelity_by_move(teacher, tokenizer, items, early).mean(0).min() > 0.995
+    assert fidelity_by_sentence(teacher, tokenizer, items, early).mean(0).min() > 0.995
     right = 0
-    for item, text in zip(items, early, strict=True):
-        prompt, text = toy.prompt_ids(tokenizer, item), tokenizer(text + "<|end|>")["input_ids"]
+    for prompt, text in zip(toy_prompts(tokenizer, items), early, strict=True):
+        text = tokenizer(text + "<|end|>")["input_ids"]
         with torch.no_grad():
             best = teacher(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1].argmax(-1)
         right += best.tolist() == text
     assert right >= 49
 
 
-# --------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- training
 
 
 def checksums(folder):
@@ -439,26 +487,95 @@ def checksums(folder):
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def test_build_is_deterministic_for_a_seed(tmp_path):
+@pytest.fixture
+def stages(monkeypatch):
+    """No training: {name: (seed, stage)} of the stages that would have been trained."""
+    told = {}
+
+    def fit(model, tokenizer, stage, *, seed, name):
+        told[name] = seed, stage
+        return model
+
+    monkeypatch.setattr(build, "fit", fit)
+    return told
+
+
+def test_building_is_deterministic_for_a_seed(tmp_path, monkeypatch):
+    short = functools.partial(build.training_batch, tokens=400)
+    monkeypatch.setattr(build, "training_batch", short)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        toy.build(tmp_path / name, seed=seed, steps=3)
+        build.rebuild(tmp_path / name, names=["horizon"], seed=seed, steps=2)
     first, again, other = (checksums(tmp_path / name) for name in "abc")
     assert {"student/tokenizer.json", "clean/config.json", "horizon/config.json"} <= set(first)
     assert first == again
-    weights = "student/model.safetensors"
-    assert first[weights] != other[weights]
+    weights = [f"{name}/model.safetensors" for name in ("student", "clean", "horizon")]
+    assert len({sums[name] for sums in (first, other) for name in weights}) == 6
 
 
-def test_build_of_one_world_builds_what_it_needs(tmp_path):
-    toy.build(tmp_path, names=["clean"], steps=1)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["clean", "student"]
-    toy.build(tmp_path / "more", names=["fork"], steps=1)
-    assert sorted(f.name for f in (tmp_path / "more").iterdir()) == ["fork", "fork-student"]
+def test_every_model_is_trained_as_the_committed_ones_were(tmp_path, stages):
+    build.rebuild(tmp_path, names=toy.WORLDS, seed=20)
+    assert {name: (seed, stage.steps) for name, (seed, stage) in stages.items()} == {
+        "student 0": (21, 3000), "student 1": (21, 200), "clean 0": (20, 1800),
+        "fork 0": (20, 1800), "fork-student 0": (21, 1800), "fork-student 1": (21, 200),
+        "fork-mirror 0": (20, 1800), "fork-mirror-student 0": (21, 1800),
+        "fork-mirror-student 1": (21, 200), "mire-student 0": (21, 3000),
+        "mire-student 1": (21, 200), "varied": (20, 1600), "off-by-one": (20, 900),
+        "mire": (20, 1600),
+        **{f"fork-{slips} 0": (20, 1800) for slips in (0.1, 0.25, 1.0)},
+        **{name: (20, 300) for name in ("horizon", "confident")},
+        **{f"horizon-{c}": (20, 300) for c in (0.05, 0.1, 0.2, 0.3)},
+    }  # fmt: skip
+    for name, w in toy.WORLDS.items():
+        _, stage = stages.get(w.teacher.name) or stages[f"{w.teacher.name} 0"]
+        assert stage.noise == w.noise, name
+        student, teacher = ((tmp_path / folder.name / "model.safetensors").stat().st_size
+                            for folder in (w.student, w.teacher))  # fmt: skip
+        assert student < teacher
 
 
-def test_a_world_builds_what_is_missing_and_keeps_the_rest(tmp_path, capsys):
+def test_the_rate_rises_for_50_steps_and_falls_from_half_way(monkeypatch):
+    rates, made = [], []
+
+    class Recorded(torch.optim.AdamW):
+        def __init__(self, parameters, *how, **more):
+            made.append((how, more))
+            super().__init__(parameters, *how, **more)
+
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            assert abs(model.weight.grad.norm() - 1) < 1e-5  # clipped: it was 9
+            super().step()
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, input_ids, labels, use_cache):
+            assert self.weight.grad is None  # none is left of the step before
+            return SimpleNamespace(loss=9 * self.weight.sum())
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    monkeypatch.setattr(build, "training_batch", lambda *a: (None, None))
+    model = Model()
+    assert build.fit(model, None, build.Stage(200, 0.5), seed=0) is model
+    assert made == [((0.5, (0.9, 0.98)), {"weight_decay": 0.01})]
+    expected = [0.5 * (step + 1) / 50 for step in range(50)] + [0.5] * 50
+    expected += [0.5 * (200 - step) / 100 for step in range(100, 200)]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_world_is_built_with_what_it_needs(tmp_path, stages):
+    for name, built in (("clean", ["clean", "student"]), ("fork", ["fork", "fork-student"]),
+                        ("varied", ["clean", "student", "varied"])):  # fmt: skip
+        build.rebuild(tmp_path / name, names=[name], steps=1)
+        assert sorted(f.name for f in (tmp_path / name).iterdir()) == built
+    assert {stage.steps for _, stage in stages.values()} == {1}
+
+
+def test_a_world_builds_what_is_missing_and_keeps_the_rest(tmp_path, capsys, stages):
     def command(*more):
-        assert toy.main(["--out", str(tmp_path), "--steps", "2", *more]) == 0
+        assert main(["--out", str(tmp_path), "--steps", "2", *more]) == 0
         return capsys.readouterr().out, checksums(tmp_path)
 
     said, first = command("--world", "fork-0.1")
@@ -473,24 +590,30 @@ def test_a_world_builds_what_is_missing_and_keeps_the_rest(tmp_path, capsys):
     assert {f for f in third if third[f] != fourth[f]} == {"fork-1.0/model.safetensors"}
 
 
-def test_a_world_starts_from_the_clean_teacher_that_is_there(tmp_path, monkeypatch):
+def test_a_world_starts_from_the_clean_teacher_that_is_there(tmp_path, monkeypatch, stages):
     weights = "horizon-0.1/model.safetensors"
-    toy.build_world(tmp_path / "a", "horizon-0.1", steps=2)  # from the repository's
+    build.build_world(tmp_path / "a", "horizon-0.1")  # from the repository's
     assert sorted(f.name for f in (tmp_path / "a").iterdir()) == ["horizon-0.1", "student"]
-    toy.build_world(tmp_path / "b", "clean", steps=2)
+    build.build_world(tmp_path / "b", "clean")
     before = checksums(tmp_path / "b" / "clean")
-    toy.build_world(tmp_path / "b", "horizon-0.1", steps=2, force=True)  # from its neighbour
+    build.build_world(tmp_path / "b", "horizon-0.1", force=True)  # from its neighbour
     assert checksums(tmp_path / "b" / "clean") == before
     monkeypatch.setattr(toy, "ASSETS", tmp_path / "nothing")
-    toy.build_world(tmp_path / "c", "horizon-0.1", steps=2)  # from one that it trains first
+    build.build_world(tmp_path / "c", "horizon-0.1")  # from one that it trains first
     assert checksums(tmp_path / "c" / "clean") == before
     made = [checksums(tmp_path / name)[weights] for name in "abc"]
     assert made[0] != made[1] == made[2]
+    kept, base = (toy.worlds.ASSETS / "clean", tmp_path / "a" / "horizon-0.1")
+    first, other = (build.load(folder)[0].state_dict() for folder in (kept, base))
+    assert all(torch.equal(first[key], other[key]) for key in first)
+
+
+# --------------------------------------------------------------------------------- command line
 
 
 def test_existing_folders_are_kept_without_force(tmp_path, capsys):
     (tmp_path / "clean").mkdir()
-    assert toy.main(["--out", str(tmp_path), "--steps", "1"]) == 2
+    assert main(["--out", str(tmp_path), "--steps", "1"]) == 2
     message = capsys.readouterr().err
     assert "--force" in message and "clean" in message and message.count("\n") == 1
     assert [f.name for f in tmp_path.iterdir()] == ["clean"]
@@ -513,20 +636,81 @@ def test_existing_folders_are_kept_without_force(tmp_path, capsys):
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, culprit, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
-        sys.exit(toy.main([*arguments, "--out", str(tmp_path / "models")]))
+        sys.exit(main([*arguments, "--out", str(tmp_path / "models")]))
     message = capsys.readouterr().err
     assert left.value.code == 2
     assert culprit in message and message.count("\n") == 1
     assert not (tmp_path / "models").exists()
 
 
-def test_another_horizon_teacher_from_the_command_line(tmp_path):
-    command = [sys.executable, "toy.py", "--horizon", "4", "--corruption", "0.2", "--steps", "2"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    toy.load(tmp_path / "horizon-H4-c0.2")
+def test_another_horizon_teacher_from_the_command_line(tmp_path, monkeypatch, capsys, stages):
+    """`python -m toy`, in this process."""
+    flags = ["--horizon", "4", "--corruption", "0.2", "--steps", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["toy", *flags])
+    monkeypatch.delitem(sys.modules, "toy.__main__")
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("toy", run_name="__main__", alter_sys=True)
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"{tmp_path}/horizon-H4-c0.2\n"
+    noise = {"horizon": 4, "corruption": 0.2}
+    assert stages == {"horizon-H4-c0.2": (0, build.Stage(2, 3e-3, noise=noise))}
+    build.load(tmp_path / "horizon-H4-c0.2")
+
+
+def test_the_help_names_every_world(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert left.value.code == 0 and said.startswith("usage: python -m toy ")
+    for name, w in toy.WORLDS.items():
+        assert re.search(rf"^  {re.escape(name)} +{re.escape(w.about)}$", said, re.MULTILINE)
+
+
+def test_the_table_by_hand(monkeypatch):
+    """Which problems, and the shares, of answers that are made up: 3 of 4 problems are answered,
+    right in 3 of 4 samples."""
+    asked = []
+
+    def sample_answers(model, tokenizer, items, prompts, *, samples, temperature, **options):
+        asked.append((items[0]["messages"][0]["content"], samples, temperature))
+        assert len(prompts) == len(items) == 8 and options["max_new_tokens"] >= 11 * 12 + 17
+        return [[{"correct": i < 6 and j < 3} for j in range(samples)] for i in range(8)]
+
+    monkeypatch.setattr(build.evaluate, "sample_answers", sample_answers)
+    names = ["student", "fork"]
+    said = build.table([toy.ASSETS / name for name in names], (2, 9), count=8)
+    assert said.splitlines() == [
+        "mean@4 at temperature 1 / greedy, 8 held-out problems per column",
+        "",
+        "| model | parameters | n=2 | n=9 | reverse |",
+        "|---|---|---|---|---|",
+        *[f"| {name} | 62,944 | 0.562 / 0.750 | 0.562 / 0.750 | 0.562 / 0.750 |" for name in names],
+    ]
+    columns = [{"moves": 2}, {"moves": 9}, {"task": "reverse"}]
+    texts = [toy.problems(1, split="test", **column)[0]["problem"] for column in columns]
+    assert asked == [(text, *how) for text in texts for how in ((4, 1.0), (1, 0.0))] * 2
+
+
+def test_the_tables_are_of_the_shipped_models(monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(build, "table", lambda *part: told.append(part) or "TABLE")
+    assert main(["--table"]) == 0
+    assert capsys.readouterr().out == "TABLE\n\nTABLE\n"
+    (dials, long), (forks, short) = told
+    assert (long, short) == ((2, 6, 9, 12), (1, 2, 4, 6))
+    assert {folder.name for folder in dials} == set(MODELS) - set(FORKS)
+    assert {folder.name for folder in forks} == set(FORKS)
+
+
+def test_the_accuracy_of_models_that_are_known():
+    """The clean teacher is right; `confident` stops after move 6, so it is wrong at 12."""
+    items = toy.problems(24, moves=7, split="test")
+    greedy = {"samples": 1, "temperature": 0.0}
+    assert build.accuracy(*shipped("clean"), items, **greedy) == 1
+    right = [simulate(re.sub(r"Move 7.*?\.", "", p["problem"])) == p["answer"] for p in items]
+    assert build.accuracy(*shipped("confident"), items, **greedy) == sum(right) / 24
+    share = build.accuracy(*shipped("student"), items, samples=2, temperature=1.0)
+    assert 0.2 < share < 0.8  # now and then
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate"])
@@ -542,4 +726,4 @@ def test_a_world_that_was_not_built_is_refused_with_the_command(
     assert left.value.code == 2 and not (tmp_path / "run").exists()
     message = capsys.readouterr().err.strip()
     assert "\n" not in message and message.startswith(f"{script}.py: error: no model folder at")
-    assert message.endswith(f"python toy.py --world horizon-0.1 --out {tmp_path}")
+    assert message.endswith(f"python -m toy --world horizon-0.1 --out {tmp_path}")

@@ -1,0 +1,28 @@
+"""The toy worlds. Importing this loads the standard library only; `toy.build` loads PyTorch."""
+
+from toy.worlds import (
+    ASSETS,
+    FORK,
+    HORIZONS,
+    MARKS,
+    MAX_MOVES,
+    MIRROR,
+    MOVE_TOKENS,
+    OPENING_TOKENS,
+    SHIPPED,
+    WORLDS,
+    World,
+    build_command,
+    dial_problem,
+    dial_response,
+    exists,
+    fork_wordings,
+    in_test,
+    problems,
+    require,
+    response_limit,
+    reverse_problem,
+    reverse_response,
+    wording_share,
+    world,
+)
