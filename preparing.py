@@ -6,21 +6,13 @@ writes down what the numbers will depend on (config.json).
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
-import platform
-import subprocess
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
 
-import numpy as np
 import torch
-import transformers
 
 import checkpoint
-import evaluate
 import grading
 import harness
 import lgr
@@ -215,26 +207,7 @@ def describe(run: Run) -> dict:
         "prompts_sha256": fingerprint(run),
         "evaluation_problems": len(run.eval_problems),
         "ood_problems": len(run.ood_problems),
-        **surroundings(run.args),
-    }
-
-
-def surroundings(args) -> dict:
-    """Where and when numbers come about: commit, device, threads, versions, time."""
-    commit = ""
-    with contextlib.suppress(OSError):  # no git on this machine
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-    return {
-        "commit": commit or None,
-        "device": device or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "numpy": np.__version__,
-        },
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        **harness.surroundings(run.args.device),
     }
 
 
@@ -258,7 +231,7 @@ def load_models(run: Run, device: torch.device) -> None:
         harness.check_head(flag, model, run.prompts[0][:8])
         if is_student:
             every = run.prompts + run.eval_prompts + run.ood_prompts
-            evaluate.check_sampling(path, model, every, args.max_new_tokens)
+            harness.check_sampling(path, model, every, args.max_new_tokens)
             run.model = model.train()  # dropout is 0; checkpointing works in training mode only
         else:
             run.teacher = model.requires_grad_(False)

@@ -189,7 +189,7 @@ SHORT = ["--prompts-per-step", 3, "--difficulty", 1, "--max-new-tokens", 14, "--
 
 
 @prop("preparing.prepare", "preparing.load_prompts", "preparing.load_models",
-      "preparing.describe", "preparing.fingerprint", "evaluate.check_sampling", "train.sample",
+      "preparing.describe", "preparing.fingerprint", "harness.check_sampling", "train.sample",
       "train.steps", "train.rows_of_step", "train.all_random_states", "train.write_checkpoint",
       "train.restore",
       "train.train_step", "train.spend_elsewhere", "metrics.batch_sums", "metrics.log_line",
