@@ -185,8 +185,7 @@ def parse_arguments(argv=None):
 
 
 def _open_model(args, path, problems):
-    """Model, tokenizer, prompts and ids for `sample_answers`. What can be refused without the
-    weights is refused before they are read."""
+    """A model and what `sample_answers` needs with it; the weights are read last."""
     trust = {"trust_remote_code": args.trust_remote_code}
     tokenizer, config = harness.load_tokenizer(path, **trust), harness.load_config(path, **trust)
     prompts = harness.render_prompts(tokenizer, problems, thinking=args.thinking)

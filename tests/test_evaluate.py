@@ -289,7 +289,7 @@ def test_defaults_of_the_toy(capsys):
 
 def test_a_toy_world_on_the_command_line(capsys):
     world = toy.world("horizon")
-    short = ["--toy", "horizon", "--count", 30, "--difficulty", 4, "--device", "cpu"]
+    short = ["--toy", "horizon", "--count", 16, "--difficulty", 4, "--device", "cpu"]
     code, out, err = main(capsys, *short, "--samples", 2)
     assert code == 0, err
     summaries = json.loads(out.splitlines()[-1])
