@@ -28,19 +28,18 @@ import argparse
 import sys
 from pathlib import Path
 
+import checkpoint
+import flags
 import numpy as np
+import preparing
 import torch
 import transformers
 
-import checkpoint
 import curves
-import evaluate
-import flags
 import harness
 import lgr
 import measuring
 import pictures
-import preparing
 import probing
 import report
 import toy
@@ -196,7 +195,7 @@ def load(job: Job, path: str):
         trust_remote_code=args.trust_remote_code, allow_bin=args.allow_bin,
     )  # fmt: skip
     harness.check_head(str(path), model, job.prompts[0][:8])
-    evaluate.check_sampling(path, model, job.prompts, args.max_new_tokens)
+    harness.check_sampling(path, model, job.prompts, args.max_new_tokens)
     return model
 
 
@@ -227,7 +226,7 @@ def run(args) -> dict:
         desc="teacher answers",
     )  # fmt: skip
     result = {
-        "settings": vars(args), **preparing.surroundings(args),
+        "settings": vars(args), **harness.surroundings(args.device),
         "models": {flag: _shown(path) for flag, path in job.paths.items()},
         "sentence_splitter": job.splitter_name, "problems": len(job.problems),
         "vocabulary": vocabulary(job, student), "template": job.template, "students": {},

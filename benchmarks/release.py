@@ -45,6 +45,7 @@ sys.path.insert(0, str(ROOT))
 
 
 import grading  # noqa: E402
+
 import harness  # noqa: E402
 import rollout  # noqa: E402
 import teachability  # noqa: E402

@@ -36,10 +36,12 @@ from harness.cli import (
     TINY,
     Parser,
     check_creatable,
+    check_new_file,
     complain,
     first_line,
     number,
     path_name,
+    write_new_file,
 )
 from harness.data import (
     check_fit,

@@ -79,6 +79,26 @@ def check_creatable(flag: str, path) -> None:
         raise ValueError(f"{flag} {str(path):.200} cannot be written: {why}") from None
 
 
+def check_new_file(flag: str, path: str) -> None:
+    """ValueError unless `path` names a file that is not there, in a folder that is."""
+    if os.path.lexists(path):
+        raise ValueError(f"{flag} {path}: exists already; nothing is overwritten")
+    check_creatable(flag, path)
+    if not os.path.basename(path) or not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{flag} {path}: needs a folder that is there and a name in it")
+
+
+def write_new_file(path: str, text: str) -> None:
+    """All of it or nothing, and never over a file that came meanwhile."""
+    with open(path, "x", encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.flush()
+        except BaseException:  # a full disk, Ctrl-C
+            os.unlink(path)
+            raise
+
+
 def first_line(error):
     """First line of a message, for errors that come as a wall of text, and the next one where it
     ends in a colon."""

@@ -13,6 +13,7 @@ import huggingface_hub
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import rollout
 from harness.cli import first_line
 
 
@@ -95,6 +96,25 @@ def _online():
         return True
     except OSError:
         return False
+
+
+@torch.no_grad()
+def check_sampling(path, model, prompts, max_new_tokens):
+    """ValueError that begins with `path` if `rollout.generate` would refuse the model for these
+    prompts, or if its tokens see later ones, as an encoder's do."""
+    prompt = prompts[0][:8]
+    try:
+        rollout.check_model(model, max(map(len, prompts)) + max_new_tokens)
+        ids_BT = torch.tensor([prompt], device=model.device)
+        alone_V, first_V = (model(input_ids=x).logits[0, 0] for x in (ids_BT[:, :1], ids_BT))
+        if (alone_V - first_V).abs().max() > 0.05 * alone_V.abs().max():
+            raise ValueError(f"{type(model).__name__} is not causal: tokens see later ones")
+        new = min(2, max_new_tokens)  # a second token shows whether the cache is used
+        rollout.generate(
+            model, [prompt], max_new_tokens=new, eos_ids=(), pad_id=0, temperature=0, top_k=1
+        )
+    except (ValueError, RuntimeError) as error:  # sizes that do not fit together are the latter
+        raise ValueError(f"{path}: {first_line(error)}") from error
 
 
 # ----------------------------------------------------------------------- a student and a teacher

@@ -439,7 +439,7 @@ def template_cases():
     yield case("prompts", "toy problems beyond the context", "train", "--max-new-tokens 500",
                "toy:1: ", base=TOY_MODELS)
     yield case("prompts", "toy problems beyond the context", "evaluate", "--max-new-tokens 500",
-               "toy horizon:1: ", base=TOY_MODELS)
+               "toy varied:1: ", base=TOY_MODELS)
     yield case("prompts", "toy world, short context", "evaluate", "--model @short --toy horizon",
                "toy horizon:1: ", base={})
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import flags
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,6 @@ from conftest import toy_prompts, write_model
 
 import curves
 import diagnose
-import flags
 import harness
 import measuring
 import pictures

@@ -1,258 +1,28 @@
+"""Figures, sampling and the command `evaluate.py`."""
+
 import itertools
 import json
 import math
-import os
 import pickle
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_loading import GOOD, ask, byte_tokenizer, tiny_model, write
 from transformers import AutoTokenizer
 
 import evaluate
 import harness
+import rollout
 import toy
 
 ROOT = Path(evaluate.__file__).parent
 
-# -------------------------------------------------------------------------------------- answers
 
-
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        (r"\boxed{4}", "4"),
-        (r"\boxed{1} then \boxed{2}", "2"),
-        (r"\boxed {\frac{1}{2}}.", r"\frac{1}{2}"),
-        (r"\fbox{x}", "x"),
-        (r"\boxed{\boxed{3}}", r"\boxed{3}"),
-        (r"\boxed{3} and \boxed{4", "3"),
-        (r"\boxed{4 and \boxed{5}", "5"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
-        (r"} \boxed{a}} {", "a"),
-        (r"\boxed{}", ""),
-        (r"\boxed{ 12", "12"),
-        (r"\\boxed{7}", "7"),
-        ("It is 42.", "42"),
-        ("-3.5 degrees", "-3.5"),
-        ("from 10-7", "7"),
-        ("x=-5", "-5"),
-        ("costs $1,234,567.80!", "1,234,567.80"),
-        ("a, 12,34", "34"),
-        ("about 6.02e23 of them", "6.02e23"),
-        ("one half is 1/2", "1/2"),
-        ("that is 3 / 4.", "3 / 4"),
-        (r"so \frac{-1}{2}.", r"\frac{-1}{2}"),
-        ("version 1.2.3", "3"),
-        ("it is .5", ".5"),
-        ("\u22127", "\u22127"),
-        ("no number", None),
-        ("", None),
-    ],
-)
-def test_extract_answer(text, answer):
-    assert evaluate.extract_answer(text) == answer
-
-
-balanced = st.recursive(
-    st.text(st.characters(exclude_characters="{}\\", codec="utf-8"), max_size=8),
-    lambda inner: st.builds(lambda a, b, c: f"{a}\\frac{{{b}}}{c}", inner, inner, inner),
-    max_leaves=6,
-)
-
-
-@given(balanced, st.text(st.characters(exclude_characters="{}\\", codec="utf-8")))
-def test_extract_answer_returns_what_is_in_the_box(inside, around):
-    assert evaluate.extract_answer(f"{around} \\boxed{{{inside}}} {around}") == inside
-
-
-@given(st.text(alphabet="\\boxed{}fb1 -/.,e"))
-def test_extract_answer_takes_any_text(text):
-    answer = evaluate.extract_answer(text)
-    assert answer is None or answer in text
-
-
-@pytest.mark.parametrize(
-    "unit",
-    [
-        "\\boxed{",
-        "\\boxed{1}",
-        "}",
-        "{",
-        "\\",
-        "1",
-        "1,",
-        "1,111",
-        "1/",
-        "1.",
-        "1e",
-        "-",
-        "\\frac{",
-    ],
-)
-def test_extract_answer_is_linear(unit):
-    """A megabyte: with quadratic work this would not end today."""
-    evaluate.extract_answer(unit * (1_000_000 // len(unit)))
-
-
-EQUAL = [
-    ("0.5", r"\frac12"),
-    ("1/2", "0.50"),
-    (r"\dfrac{1}{2}", "1 / 2"),
-    (r"-\tfrac{3}{4}", "-.75"),
-    (r"\frac{-3}{4}", "-0.75"),
-    (r"1\frac{1}{2}", "1.5"),
-    ("-1 1/2", "-3/2"),
-    ("1,234", "1234"),
-    (r"$1{,}234.$", "1234.0"),
-    (r"10\,000", "10000"),
-    ("+7", "7"),
-    ("7.", "7"),
-    ("007", "7"),
-    ("\u22127", "-7"),
-    (r"50\%", "50"),
-    (r"90^\circ", "90"),
-    (r"90^{\circ}", "90°"),
-    (r"\$5", "5"),
-    (r"6 \times 10^{3}", "6000"),
-    ("1e3", "1000"),
-    (r"\text{east}", "east"),
-    (r"\left( 1, 2 \right)", "(1,2)"),
-    (r"\(x + 1\)", "x+1"),
-    (r"\frac{x}{y}", "x/y"),
-    (r"\frac{x+1}{2}", "(x+1)/2"),
-    (r"(\frac{1}{2}, 3)", "(1/2,3)"),
-    (r"\boxed{3}", "3"),
-    ("0, 9, 14", "0,9,14"),
-    ("x  y", "x y"),
-]
-DIFFERENT = [
-    ("1", "2"),
-    ("1 1/2", "11/2"),
-    (r"1\frac{1}{2}", "11/2"),
-    ("1 2", "12"),
-    ("1, 234", "1234"),
-    ("0.333", "1/3"),
-    ("0.5", "50"),
-    ("5 cm", "5"),
-    ("x", "X"),
-    ("1/0", "2/0"),
-    ("9**9**9", "1"),
-    ("__import__('os').getpid()", str(os.getpid())),
-    ("1e999999999", "1e999999998"),
-    ("", "1"),
-    ("$", ""),
-    ("(1,2)", "(2,1)"),
-]
-
-
-@pytest.fixture
-def exact(monkeypatch):
-    """As on a machine without math-verify."""
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
-
-
-@pytest.mark.parametrize("one, other", EQUAL)
-def test_equal_answers(exact, one, other):
-    assert evaluate.is_correct(one, other) and evaluate.is_correct(other, one)
-
-
-@pytest.mark.parametrize("one, other", DIFFERENT)
-def test_different_answers(exact, one, other):
-    assert not evaluate.is_correct(one, other) and not evaluate.is_correct(other, one)
-
-
-def test_no_answer_is_never_right_and_references_may_be_numbers(exact):
-    assert not evaluate.is_correct(None, "1") and not evaluate.is_correct("", "")
-    assert evaluate.is_correct("2.0", 2) and evaluate.is_correct("0.5", 0.5)
-
-
-@settings(max_examples=300)
-@given(st.text(alphabet="0123456789+-./,%$ \\{}^abfrct()=") | st.text())
-def test_is_correct_is_reflexive_and_never_raises(text):
-    assert evaluate.is_correct(text, text) == bool(text.strip())
-    normal = evaluate._normalise(text)
-    evaluate._value(normal)
-
-
-@given(st.integers(), st.integers(1, 10**6))
-def test_fractions_and_decimals_are_compared_by_value(a, b):
-    value = Fraction(a, b)
-    assert (
-        evaluate._value(f"{a}/{b}")
-        == value
-        == evaluate._value(evaluate._normalise(f"\\frac{{{a}}}{{{b}}}"))
-    )
-    assert evaluate._value(evaluate._normalise(f"{a:,}")) == a
-    assert evaluate._value(f"{a}.25") == Fraction(f"{a}.25")
-
-
-@pytest.mark.parametrize(
-    "unit", ["\\text{", "\\frac{", "1,111", " ", "\\left", "{", "9", "\\boxed{1}", "1 "]
-)
-def test_is_correct_is_quick_on_hostile_text(exact, unit):
-    for length in (evaluate.LONGEST_ANSWER, 1_000_000):
-        text = unit * (length // len(unit))
-        assert not evaluate.is_correct(text, "3") and not evaluate.is_correct(text, text + "}")
-
-
-STUB = """
-import os, sys, time
-def parse(text):
-    print("noise on stdout")
-    if "hang" in text: time.sleep(10**6)
-    if "die" in text: os._exit(1)
-    if "raise" in text: raise RuntimeError(text)
-    return [text.lower()]
-def verify(gold, target):
-    return gold == target
-"""
-
-
-@pytest.fixture
-def stub(tmp_path, monkeypatch):
-    (tmp_path / "math_verify.py").write_text(STUB)
-    monkeypatch.syspath_prepend(tmp_path)
-    evaluate._verify.cache_clear()
-    yield
-    for judge in evaluate._judges:
-        judge.kill()
-    evaluate._judges.clear()
-    evaluate._verify.cache_clear()
-
-
-def test_math_verify_is_asked_in_another_process_that_may_hang_or_die(stub):
-    assert evaluate.is_correct("Abc", "aBC")
-    first = evaluate._judges[0].pid
-    assert not evaluate.is_correct("Abc", "abd") and evaluate._judges[0].pid == first
-    for text in ("raise", "die", "hang"):
-        assert not evaluate.is_correct(text, "x" + text, timeout=0.5)
-    assert evaluate.is_correct("Xyz", "xyZ")  # a new process after the dead one
-    assert evaluate.is_correct("q" * 900, "Q" * 900)
-    assert not evaluate.is_correct("q" * 1100, "Q" * 1100)  # over the length cap
-
-
-def test_a_module_of_that_name_without_a_spec_is_not_asked(monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", type(sys)("math_verify"))
-    assert not evaluate.is_correct("Abc", "aBC")
-
-
-def test_a_math_verify_that_does_not_import_is_only_not_equal(stub, tmp_path):
-    (tmp_path / "math_verify.py").write_text("raise ImportError('broken')")
-    assert not evaluate.is_correct("Abc", "aBC") and not evaluate._judges
-
-
-# -------------------------------------------------------------------------------------- figures
-
-
+# --------------------------------------------------------------------------------------- figures
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
     for n in range(1, 7):
         for c in range(n + 1):
@@ -268,7 +38,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
     "bad", [(4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5), (0, 0, 1), (4, 1.0, 1)]
 )
 def test_pass_at_k_refuses(bad):
-    with pytest.raises(ValueError):
+    with pytest.raises((ValueError, TypeError)):
         evaluate.pass_at_k(*bad)
 
 
@@ -303,8 +73,12 @@ def test_bootstrap_edges():
     for bad in ([], [[1.0]], [math.nan], 3.0):
         with pytest.raises(ValueError, match="values_P"):
             evaluate.bootstrap_interval(bad)
-    with pytest.raises(ValueError, match="level"):
-        evaluate.bootstrap_interval([1], level=95)
+    for level in (95, -1, 0, 1, math.nan):
+        with pytest.raises(ValueError, match="level"):
+            evaluate.bootstrap_interval([1], level=level)
+    for bad in ({"resamples": 0}, {"resamples": 1.5}, {"seed": -1}):
+        with pytest.raises((ValueError, TypeError)):
+            evaluate.bootstrap_interval([1], **bad)
 
 
 def record(correct, **changes):
@@ -326,7 +100,23 @@ def test_summarise_by_hand():
     assert (summary["samples"], summary["problems"]) == (4, 2)
     assert (summary["truncated"], summary["unparseable"]) == (1 / 8, 2 / 8)
     assert summary["mean_tokens"] == pytest.approx(100 / 8)
+    assert summary["pass@2"][1:] == list(evaluate.bootstrap_interval([0.5, 1.0]))
     json.dumps(summary)
+
+
+def test_pass_at_n_is_there_where_n_is_no_power_of_two():
+    records = [[record(False), record(False), record(True)], [record(False)] * 3]
+    summary = evaluate.summarise(records, resamples=20, level=0.5, seed=3)
+    assert summary["pass_at_n"] == 0.5 and "pass@3" not in summary
+    interval = evaluate.bootstrap_interval([2 / 3, 0], resamples=20, level=0.5, seed=3)
+    assert summary["pass@2"] == pytest.approx([1 / 3, *interval])
+
+
+def test_summarise_counts_the_uncertain_wording_of_a_toy_world():
+    moves = "Move 1 is plus 5, {} 14 becomes 3. Move 2 is plus 1, thus 3"
+    records = [[record(True, text=moves.format(word))] for word in ("so", "thus")]
+    assert evaluate.summarise(records, uncertain="thus")["uncertain_wording"] == 0.75
+    assert "uncertain_wording" not in evaluate.summarise(records)
 
 
 @pytest.mark.parametrize("records", [[], [[]], [[record(True)], [record(True)] * 2]])
@@ -335,9 +125,7 @@ def test_summarise_refuses_uneven_records(records):
         evaluate.summarise(records)
 
 
-# ------------------------------------------------------------------------------------- sampling
-
-
+# -------------------------------------------------------------------------------------- sampling
 def sample(problems, **changes):
     tokenizer = byte_tokenizer()
     model = tiny_model(tokenizer)
@@ -360,6 +148,25 @@ def test_sample_answers_groups_samples_by_problem_and_ignores_the_batch_size():
     evaluate.summarise(records)
 
 
+def test_sample_answers_tells_every_response_and_passes_decode_on(monkeypatch):
+    generate, told, seen = rollout.generate, [], []
+
+    def spy(*args, decode="its own", **options):
+        seen.append((decode, options["temperature"], options["top_k"]))
+        return generate(*args, **options)
+
+    class Bar(evaluate.tqdm):
+        def update(self, n=1):
+            told.append(n)
+
+    monkeypatch.setattr(rollout, "generate", spy)
+    monkeypatch.setattr(evaluate, "tqdm", Bar)
+    plain = sample(ask("a", "b", "c"), temperature=0.7)
+    assert sample(ask("a", "b", "c"), temperature=0.7, decode="a step") == plain
+    assert seen == [("its own", 0.7, 1)] * 2 + [("a step", 0.7, 1)] * 2
+    assert sum(told) == 18 and max(told) == 1
+
+
 def test_truncation_is_the_last_token_and_not_the_length():
     tokenizer = byte_tokenizer()
     always = sample(ask("a"), stop_ids=range(len(tokenizer)), max_new_tokens=1)[0]
@@ -377,26 +184,17 @@ def test_greedy_samples_agree_and_missing_answers_are_not_right():
 
 def test_an_empty_shard_and_bad_arguments():
     assert sample([]) == []
-    for bad in (dict(samples=0), dict(batch_size=0)):
+    for bad in (dict(samples=0), dict(batch_size=0), dict(batch_size=-1)):
         with pytest.raises(ValueError, match="samples"):
             sample(ask("a"), **bad)
+    with pytest.raises(ValueError):
+        evaluate.sample_answers(None, None, ask("a", "b"), [[1]], samples=1, max_new_tokens=1,
+                                stop_ids=[1], pad_id=0)  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ CLI
-
-
-def command(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "evaluate.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        timeout=120,
-    )
-
-
+# ----------------------------------------------------------------------------------- the command
 def main(capsys, *arguments):
-    """The command in this process: importing torch takes seconds."""
+    """The command in this process: exit code, stdout, stderr."""
     try:
         code = evaluate.main(list(map(str, arguments)))
     except SystemExit as stop:
@@ -411,42 +209,29 @@ def problems_file(tmp_path):
 
 
 def test_the_command_end_to_end(folder, problems_file, tmp_path):
+    """As typed; the other tests call `main`, for importing torch takes seconds."""
     out = tmp_path / "result.json"
-    done = command(
-        "--model",
-        folder,
-        "--problems",
-        problems_file,
-        "--count",
-        4,
-        "--samples",
-        2,
-        "--max-new-tokens",
-        8,
-        "--threads",
-        1,
-        "--out",
-        out,
-        "--device",
-        "cpu",
-    )
+    flags = f"--model {folder} --problems {problems_file} --count 4 --samples 2 --out {out}"
+    flags += " --max-new-tokens 8 --threads 1 --device cpu"
+    done = subprocess.run([sys.executable, ROOT / "evaluate.py", *flags.split()], timeout=120,
+                          capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    summary = json.loads(done.stdout.splitlines()[-1])["model"]
+    header, row, last = done.stdout.splitlines()
+    summary = json.loads(last)["model"]
     assert (summary["problems"], summary["samples"]) == (4, 2)
+    names = ("accuracy", "pass_at_n", "truncated", "unparseable")
+    figures = [f"{summary[name]:.3f}" for name in names] + [f"{summary['mean_tokens']:.1f}"]
+    assert header.split() == "model mean@n 95% pass@n truncated unparseable tokens".split()
+    interval = f"{summary['accuracy_low']:.3f}-{summary['accuracy_high']:.3f}"
+    assert row.split() == ["model", figures[0], interval, *figures[1:]]
     saved = json.loads(out.read_text())
     assert saved["models"]["model"]["summary"] == summary
     assert saved["settings"]["seed"] == 0 and saved["settings"]["dtype"] == "float32"
-    assert saved["versions"]["torch"] == torch.__version__
+    assert saved["versions"]["torch"] == torch.__version__ and saved["threads"] == 1
+    assert saved["hardware"] and "math-verify" in saved["versions"]
     answers = saved["models"]["model"]["problems"]
     assert [p["answer"] for p in answers] == ["1", "2", "3", "4"]
     assert [len(p["samples"]) for p in answers] == [2] * 4
-
-
-def test_an_error_of_the_command_is_one_line(tmp_path):
-    done = command("--problems", tmp_path / "none.jsonl", "--model", tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("evaluate.py: error: ") and "none.jsonl" in done.stderr
-    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
 def test_errors_name_the_culprit_before_weights_are_read(
@@ -459,12 +244,14 @@ def test_errors_name_the_culprit_before_weights_are_read(
     (tmp_path / "there.json").write_text("mine")
     real = ["--model", folder, "--problems", problems_file]
     for arguments, what in (
+        (["--model", folder, "--problems", tmp_path / "none.jsonl"], "none.jsonl"),
         (["--model", folder, "--problems", bad], f"{bad}:2"),
         (["--model", folder, "--problems", control], f"{control}:2"),
         (["--model", tmp_path / "gone", "--problems", problems_file], "gone"),
         (["--model", "no/hub", "--problems", problems_file], "no/hub"),
         ([*real, "--out", tmp_path / "there.json"], "there.json"),
         ([*real, "--out", tmp_path / "no" / "x.json"], "x.json"),
+        ([*real, "--out", f"{tmp_path}/new/"], "new/"),
         ([*real, "--max-new-tokens", 9999], f"{problems_file}:1"),
         ([*real, "--device", "nonsense"], "nonsense"),
         ([*real, "--dtype", "int8"], "--dtype"),
@@ -490,7 +277,7 @@ def test_errors_name_the_culprit_before_weights_are_read(
 
 def test_defaults_of_the_toy(capsys):
     args = evaluate.parse_arguments([])
-    assert (args.toy, args.count, args.difficulty, args.samples) == ("horizon", 200, 12, 4)
+    assert (args.toy, args.count, args.difficulty, args.samples) == ("varied", 200, 12, 4)
     assert args.max_new_tokens == 223  # 1.5 times what a right response of 12 moves needs
     assert evaluate.parse_arguments(["--temperature", "0"]).samples == 1
     for world, moves in (("fork", 6), ("fork-mirror", 2), ("clean", 12)):
@@ -502,7 +289,7 @@ def test_defaults_of_the_toy(capsys):
 
 def test_a_toy_world_on_the_command_line(capsys):
     world = toy.world("horizon")
-    short = ["--toy", "horizon", "--count", 30, "--difficulty", 4, "--device", "cpu"]
+    short = ["--toy", "horizon", "--count", 16, "--difficulty", 4, "--device", "cpu"]
     code, out, err = main(capsys, *short, "--samples", 2)
     assert code == 0, err
     summaries = json.loads(out.splitlines()[-1])
@@ -519,7 +306,7 @@ def test_a_fork_reports_the_share_of_the_uncertain_wording(capsys, tmp_path):
     """Both models of the world write either wording half of the time; the share is that of the
     texts that were saved."""
     out = tmp_path / "all.json"
-    short = ["--toy", "fork-mirror", "--count", 40, "--samples", 2, "--device", "cpu"]
+    short = ["--toy", "fork-mirror", "--count", 20, "--samples", 2, "--device", "cpu"]
     code, printed, err = main(capsys, *short, "--out", out)
     assert code == 0, err
     summaries = json.loads(printed.splitlines()[-1])

@@ -7,33 +7,38 @@ import itertools
 import math
 
 import pytest
-from conftest import toy_prompts
+from conftest import VOCABULARY, toy_prompts
 from hypothesis import strategies as st
 from properties import (
     BAD_NUMBERS,
     INF,
     NAN,
+    Letters,
     numbers,
     prop,
     refused_or,
     seeded,
     seeds,
+    strict,
     tiny,
     toy_tokenizer,
 )
 
+import answers
 import evaluate
 import toy
 
 
-# --------------------------------------------------------------------------------------- evaluate
 @prop("evaluate.pass_at_k", examples=150, n=st.integers(0, 8) | st.sampled_from(BAD_NUMBERS),
       correct=st.integers(0, 8), k=st.integers(0, 8) | st.sampled_from(BAD_NUMBERS))
 def test_pass_at_k_counts_subsets(n, correct, k):
-    value = refused_or(evaluate.pass_at_k, {"n": n, "correct": correct, "k": k})
-    if value is not None:
-        subsets = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
-        assert math.isclose(value, sum(map(any, subsets)) / len(subsets), abs_tol=1e-12)
+    try:
+        value = evaluate.pass_at_k(n, correct, k)
+    except (ValueError, TypeError):
+        assert not (type(n) is type(k) is int and 0 <= correct <= n and 1 <= k <= n)
+        return
+    subsets = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
+    assert math.isclose(value, sum(map(any, subsets)) / len(subsets), abs_tol=1e-12)
 
 
 @prop("evaluate.bootstrap_interval", examples=100, values=st.lists(numbers | st.sampled_from(
@@ -42,10 +47,12 @@ def test_pass_at_k_counts_subsets(n, correct, k):
 def test_an_interval_lies_within_the_values(values, level, seed, resamples):
     """Ordered; wider at a higher level; the same for the same seed; shifted by a shift."""
     x = {"values_P": values, "level": level, "resamples": resamples}
-    interval = refused_or(functools.partial(evaluate.bootstrap_interval, seed=seed), x)
-    if interval is None:
+    fine = values and all(map(math.isfinite, values)) and 0 < level < 1 and resamples > 0
+    if not fine:
+        with pytest.raises(ValueError):
+            evaluate.bootstrap_interval(**x, seed=seed)
         return
-    low, high = interval
+    low, high = interval = evaluate.bootstrap_interval(**x, seed=seed)
     assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9 and 0 < level < 1
     assert evaluate.bootstrap_interval(**x, seed=seed) == interval
     wide = evaluate.bootstrap_interval(**x | {"level": (1 + level) / 2}, seed=seed)
@@ -99,11 +106,28 @@ def test_answers_do_not_depend_on_the_batch_size(count, seed, samples, batch_siz
     for record in sum(out, []):
         assert 1 <= record["tokens"] <= limit and (record["tokens"] == limit
                                                    or not record["truncated"])  # fmt: skip
-        assert record["answer"] == evaluate.extract_answer(record["text"])
+        assert record["answer"] == answers.extract_answer(record["text"])
     if count * samples <= 4:  # one call of `generate` either way
         again = sample(generator=seeded(seed), **how | {"batch_size": 99})
         assert [[r["text"] for r in records] for records in again] == [
             [r["text"] for r in records] for records in out]  # fmt: skip
+
+
+@prop("evaluate.check_answer", examples=100, ids=st.lists(st.integers(0, VOCABULARY - 1),
+      min_size=1, max_size=9), answer=st.sampled_from([None, "3", "4", ""]),
+      stops=st.lists(st.integers(0, VOCABULARY - 1), max_size=3), toys=st.booleans())
+def test_any_response_is_checked(ids, answer, stops, toys):
+    tokenizer = toy_tokenizer() if toys else Letters()
+    before, problem = repr((ids, stops)), {"answer": answer}
+    record = strict(evaluate.check_answer(tokenizer, ids, problem, stops))
+    assert repr((ids, stops)) == before and problem == {"answer": answer}
+    assert list(record) == ["text", "answer", "correct", "truncated", "tokens"]
+    assert record["text"] == tokenizer.decode(ids, skip_special_tokens=True)
+    assert record["answer"] == answers.extract_answer(record["text"])
+    assert record["tokens"] == len(ids) and record["truncated"] == (ids[-1] not in stops)
+    assert type(record["correct"]) is bool
+    assert record["correct"] == (answer is not None
+                                 and answers.is_correct(record["answer"], answer))  # fmt: skip
 
 
 @prop("evaluate.parse_arguments", examples=100, argv=st.lists(st.sampled_from(

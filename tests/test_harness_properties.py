@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import flags
+import preparing
 import pytest
 import torch
 from conftest import VOCABULARY, write_model
@@ -29,13 +31,10 @@ from properties import (
     strict,
     texts,
     tiny,
-    toy_tokenizer,
 )
 
 import evaluate
-import flags
 import harness
-import preparing
 import teachability
 import toy
 import toy.__main__
@@ -324,10 +323,10 @@ def test_a_pair_shares_a_vocabulary_or_is_refused(student, teacher, world):
     assert names[0] == names[1]
 
 
-@prop("preparing.open_splitter", "preparing.surroundings", examples=12, git=st.booleans(),
+@prop("preparing.open_splitter", "harness.surroundings", examples=12, git=st.booleans(),
       kind=st.sampled_from(["auto", "pretrained", "untrained", "other"]))
 def test_a_machine_without_git_or_data_is_described_and_refused_what_it_lacks(git, kind):
-    args = SimpleNamespace(splitter=kind, device="cpu")
+    args = SimpleNamespace(splitter=kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teachability, "_pretrained_punkt", lambda: None)
         patch.setattr(teachability, "_download_punkt", lambda: None)
@@ -340,10 +339,48 @@ def test_a_machine_without_git_or_data_is_described_and_refused_what_it_lacks(gi
                 preparing.open_splitter(args)
         if not git:
             patch.setenv("PATH", "")
-        facts = strict(preparing.surroundings(args))
+        facts = strict(harness.surroundings("cpu"))
     assert list(facts) == ["commit", "device", "threads", "versions", "started"]
     assert facts["device"] and facts["threads"] == torch.get_num_threads()
+    assert list(facts["versions"]) == ["python", "torch", "transformers", "numpy", "math-verify"]
     assert git or facts["commit"] is None
+
+
+@prop("harness.check_device", examples=40, device=st.text(max_size=8) | st.sampled_from(
+      ["cpu", "CPU", "cpu:0", "cpu:x", "meta", "cuda:99", "xpu", "hpu", "mkldnn", "privateuseone"]))
+def test_a_device_can_hold_a_number_or_is_refused(device):
+    try:
+        harness.check_device(device)
+    except ValueError as error:
+        assert str(error).startswith(f"--device {device}: ")
+    else:
+        assert torch.ones(1, device=device).item() == 1
+
+
+@prop("harness.check_new_file", "harness.write_new_file", examples=60, text=st.text(max_size=9),
+      name=st.sampled_from(["new.json"] * 3 + ["new/", "no/new.json", "there", "folder", "link",
+                                               "a" * 300]))
+def test_a_new_file_is_written_whole_and_once(name, text):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "there").write_text("mine")
+        Path(folder, "folder").mkdir()
+        Path(folder, "link").symlink_to("nowhere")
+        before, path = sorted(os.listdir(folder)), f"{folder}/{name}"
+        if name != "new.json":
+            with pytest.raises(ValueError, match="^--out "):
+                harness.check_new_file("--out", path)
+            assert sorted(os.listdir(folder)) == before
+            return
+        assert harness.check_new_file("--out", path) is None
+        assert sorted(os.listdir(folder)) == before
+        with pytest.raises(UnicodeEncodeError):
+            harness.write_new_file(path, text + "x" * 100_000 + "\ud800")
+        assert sorted(os.listdir(folder)) == before
+        harness.write_new_file(path, text)
+        assert Path(path).read_bytes() == text.encode()
+        with pytest.raises(FileExistsError):
+            harness.write_new_file(path, "other")
+        assert Path(path).read_bytes() == text.encode()
 
 
 @st.composite
@@ -414,20 +451,3 @@ def test_what_is_filled_in_depends_on_the_student_and_overrides_nothing(
     for name in set(both) - {absent}:
         assert after[name] == given.get(name, both[name][student is not None])
     assert after["difficulty"] and after["max_new_tokens"] and after["dtype"] == "float32"
-
-
-@prop("evaluate.check_answer", examples=100, ids=st.lists(st.integers(0, VOCABULARY - 1),
-      min_size=1, max_size=9), answer=st.sampled_from([None, "3", "4", ""]),
-      stops=st.lists(st.integers(0, VOCABULARY - 1), max_size=3), toys=st.booleans())
-def test_any_response_is_checked(ids, answer, stops, toys):
-    tokenizer = toy_tokenizer() if toys else Letters()
-    before, problem = repr((ids, stops)), {"answer": answer}
-    record = strict(evaluate.check_answer(tokenizer, ids, problem, stops))
-    assert repr((ids, stops)) == before and problem == {"answer": answer}
-    assert list(record) == ["text", "answer", "correct", "truncated", "tokens"]
-    assert record["text"] == tokenizer.decode(ids, skip_special_tokens=True)
-    assert record["answer"] == evaluate.extract_answer(record["text"])
-    assert record["tokens"] == len(ids) and record["truncated"] == (ids[-1] not in stops)
-    assert type(record["correct"]) is bool
-    assert record["correct"] == (answer is not None
-                                 and evaluate.is_correct(record["answer"], answer))  # fmt: skip

@@ -14,7 +14,7 @@ from conftest import toy_prompts
 from hypothesis import strategies as st
 from properties import BAD_NUMBERS, NAN, prop, refused_or, seeds, toy_tokenizer
 
-import evaluate
+import answers
 import toy
 from toy import build
 
@@ -41,7 +41,7 @@ def test_a_dial_problem_is_answered_by_its_response(seed, n):
     assert simulate(text) == (start, marks)
     written = re.findall(r"so (\d+) becomes (\d+)", text)
     assert written == [(str(a), str(b)) for a, b in zip([start, *marks], marks, strict=False)]
-    assert evaluate.extract_answer(text) == problem["answer"]
+    assert answers.extract_answer(text) == problem["answer"]
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
     assert len(ids) + 1 == 11 * n + 17 <= toy.response_limit(n)
@@ -84,7 +84,7 @@ def test_a_list_is_reversed(seed, length):
     assert len(marks) == length or length is None and 2 <= len(marks) <= 4
     assert problem["answer"] == ", ".join(marks[::-1])
     response = toy.reverse_response(problem)
-    assert evaluate.extract_answer(response) == problem["answer"]
+    assert answers.extract_answer(response) == problem["answer"]
     assert f"has {len(marks)} marks" in response
 
 
