@@ -14,14 +14,13 @@ import forked
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_benchmarks import load_benchmark
 from test_train import read_log, run_command
 
 import checkpoint
 import preparing
 import train
+from benchmarks import soak
 
-soak = load_benchmark("soak")
 ROOT = Path(train.__file__).parent
 PYTHON = [sys.executable, ROOT / "train.py"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
