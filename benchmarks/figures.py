@@ -11,12 +11,6 @@
 
 `benchmarks/compare.py` calls `draw` when its runs are done. What is not among the runs is left out:
 a line, a panel, or a figure. The last line printed is JSON: the names of the figures written.
-
-A run is one entry of the record's "runs": a dict with world, method, flags (a list of strings),
-moves, seed, steps, accuracy (one per step), supervised_tokens. A point is (x, mean over seeds,
-half the width of the 95% t interval of that mean; nan for a single seed).
-
-The upper half of this file is arithmetic on runs and needs no matplotlib; the lower half draws.
 """
 
 import argparse
@@ -29,12 +23,24 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = "matplotlib is needed for the figures: pip install -r benchmarks/requirements.txt"
+sys.path.insert(0, str(ROOT))
 
-# A method looks the same in every figure: colour (Okabe and Ito's, safe for the colour-blind),
-# dashes, marker. Two methods share a colour only where no panel has both.
-ORANGE, SKY, GREEN, BLUE, RED, PINK = "#E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
-GREY = "#777777"
+from benchmarks import style  # noqa: E402
+from benchmarks.intervals import mean_and_half  # noqa: E402
+from benchmarks.points import (  # noqa: E402
+    CONTROLS,
+    SENSITIVITY,
+    budget_points,
+    difficulty_lines,
+    grade_lines,
+    select,
+    sensitivity_values,
+    series,
+)
+from benchmarks.style import BLUE, DARK_GREY, GREEN, GREY, ORANGE, PINK, RED, SKY  # noqa: E402
+
+# A method looks the same in every figure: colour, dashes, marker. Two methods share a colour only
+# where no panel has both.
 LGR_MEAN = "lgr, mean, γ = 4"
 LOOKS = {
     "opd": (RED, "-", "s"),
@@ -52,7 +58,6 @@ LOOKS = {
     LGR_MEAN: (GREEN, (0, (2, 1)), "v"),
     "untrained": (GREY, (0, (4, 3)), None),
 }
-CONTROLS = ["opd", "release", "prefix", "shuffled", "random", "std"]
 LOOKAHEAD = ["opd", "lgr", "lgr_topk", "release+lgr"]
 CURVES = [  # title, world, methods
     ("horizon", "horizon", CONTROLS),
@@ -81,214 +86,23 @@ GRADES = [  # title, x axis, {world named without its grade: grade}, {line: (met
         },
     ),
 ]
-# flag: world, method, default, unit, and whether its values are numbers
-SENSITIVITY = {
-    "margin-top-k": ("varied", "release", "4", "candidates", True),
-    "min-segments": ("varied", "release", "2", "sentences", True),
-    "rescale": ("varied", "release", "batch", "scope", False),
-    "lgr-gamma": ("fork", "lgr", "1", "weight γ of the group reward", True),
-    "lgr-tau": ("fork", "lgr", "0.2", "nats", True),
-    "lgr-normalize": ("fork", "lgr", "std", "of a group's rewards", False),
-}
-COMPANIONS = {"lgr-normalize": {"--lgr-gamma": "γ", "--lgr-eps": "ε"}}  # flags varied along with it
 
 ACCURACY = "accuracy (mean@4, held-out problems)"
 BANDS = "bands: 95% t interval of the mean over seeds"
 BARS = "bars: 95% t interval of the mean over seeds"
 
 
-# ----------------------------------------------------------------------------------- statistics
-
-
-@functools.cache
-def t975(df: int) -> float:
-    """The 97.5% quantile of Student's t with `df` degrees of freedom.
-
-    With t = sqrt(df) tan a, P(|T| < t) is the integral of cos(a)^(df - 1) from 0 to a, divided by
-    the same from 0 to pi/2. Summed up on a grid; right to six digits for df up to 1000.
-
-    >>> [round(t975(df), 3) for df in (1, 2, 4, 9)]
-    [12.706, 4.303, 2.776, 2.262]
-    """
-    if df < 1:
-        raise ValueError(f"df must be at least 1, got {df}")
-    angle = np.linspace(0, np.pi / 2, 200_001)
-    density = np.cos(angle) ** (df - 1)
-    below = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])  # trapezoids
-    return float(np.sqrt(df) * np.tan(np.interp(0.95 * below[-1], below, angle)))
-
-
-def statistics_of(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% t interval: t975(n - 1) s / sqrt(n); nan for n = 1.
-
-    >>> statistics_of([1.0, 3.0])                # s = sqrt(2), so s / sqrt(n) = 1
-    (2.0, 12.706...)
-    """
-    if not len(values):
-        raise ValueError("values must not be empty")
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return mean, math.nan
-    return mean, t975(len(values) - 1) * float(np.std(values, ddof=1)) / len(values) ** 0.5
-
-
-# ----------------------------------------------------------------------------------------- data
-
-
-def settings(flags: list[str]) -> dict[str, str]:
-    """Flags as a dict, so that their order does not matter.
-
-    >>> settings(["--lgr-normalize", "mean", "--lgr-gamma", "4"])
-    {'--lgr-normalize': 'mean', '--lgr-gamma': '4'}
-    """
-    found, name = {}, ""
-    for word in flags:
-        if word.startswith("--"):
-            name, word = word, ""
-        found[name] = f"{found.get(name, '')} {word}".strip()
-    return found
-
-
-def usual_moves(world: str) -> int:
-    """The difficulty at which the worlds are compared: what train.py takes without --difficulty."""
-    if world == "fork-mirror":
-        return 2
-    return 6 if world.startswith("fork") else 12
-
-
-def select(runs, world, method, flags=(), moves=None) -> list[dict]:
-    """The runs (seeds) of one setting; `moves` None for the world's usual difficulty."""
-    return [
-        run
-        for run in runs
-        if (run["world"], run["method"]) == (world, method)
-        and settings(run["flags"]) == settings(flags)
-        and run["moves"] == (moves or usual_moves(world))
-    ]
-
-
-def series(runs, world, method, flags=(), moves=None) -> list[tuple]:
-    """Points (step, mean, half width) of one setting, at the steps where all seeds were evaluated.
-
-    >>> run = {"world": "clean", "method": "opd", "flags": [], "moves": 12, "seed": 0}
-    >>> runs = [run | {"steps": [0, 10, 30], "accuracy": [0.25, 0.5, 0.75]}]
-    >>> runs += [run | {"seed": 1, "steps": [0, 30], "accuracy": [0.25, 0.75]}]
-    >>> series(runs, "clean", "opd")
-    [(0, 0.25, 0.0), (30, 0.75, 0.0)]
-    """
-    curves = [dict(zip(r["steps"], r["accuracy"], strict=True))
-              for r in select(runs, world, method, flags, moves)]  # fmt: skip
-    shared = sorted(set.intersection(*map(set, curves))) if curves else []
-    return [(step, *statistics_of([curve[step] for curve in curves])) for step in shared]
-
-
-def against(runs, x_of, when: int = -1) -> list[tuple]:
-    """Points (x, mean, half width) of the accuracy at the end (`when` 0: before) by `x_of(run)`.
-
-    Runs whose `x_of` is None are left out.
-
-    >>> runs = [{"moves": 6, "accuracy": [0.5, 0.9]}, {"moves": 2, "accuracy": [0.7, 0.8]}]
-    >>> against(runs, lambda run: run["moves"], when=0)
-    [(2, 0.7, nan), (6, 0.5, nan)]
-    """
-    groups: dict[float, list[float]] = {}
-    for run in runs:
-        if (x := x_of(run)) is not None:
-            groups.setdefault(x, []).append(run["accuracy"][when])
-    return [(x, *statistics_of(groups[x])) for x in sorted(groups)]
-
-
-def difficulty_lines(runs, world, methods) -> dict[str, list[tuple]]:
-    """{method or "untrained": points (moves, ...)} of a world, other flags at their defaults."""
-    plain = [r for r in runs if r["world"] == world and r["method"] in methods and not r["flags"]]
-    lines = {
-        method: against([run for run in plain if run["method"] == method], lambda run: run["moves"])
-        for method in methods
-    }
-    lines["untrained"] = against(plain, lambda run: run["moves"], when=0)
-    return {name: points for name, points in lines.items() if points}
-
-
-def grade_of(world: str, named: dict[str, float]) -> float | None:
-    """How bad a world's teacher is: by name, or the number in the name; None for other worlds.
-
-    >>> [grade_of(world, {"fork": 0.5}) for world in ("fork", "fork-0.1", "fork-mirror", "clean")]
-    [0.5, 0.1, None, None]
-    """
-    if world in named:
-        return named[world]
-    family, _, number = world.rpartition("-")
-    try:
-        return float(number) if family in named else None
-    except ValueError:
-        return None
-
-
-def grade_lines(runs, named, wanted) -> dict[str, list[tuple]]:
-    """{line or "untrained": points (grade, ...)}, every world at its usual difficulty."""
-    usual = [run for run in runs if run["moves"] == usual_moves(run["world"])]
-    lines, used = {}, []
-    for name, (method, flags) in wanted.items():
-        same = [run for run in usual if run["method"] == method
-                and settings(run["flags"]) == settings(flags)]  # fmt: skip
-        lines[name] = against(same, lambda run: grade_of(run["world"], named))
-        used += same
-    lines["untrained"] = against(used, lambda run: grade_of(run["world"], named), when=0)
-    return {name: points for name, points in lines.items() if points}
-
-
-def budget_points(runs, world) -> tuple[list[tuple], dict[str, tuple]]:
-    """(points of the fixed prefixes, {method: point}); x is the supervised tokens per rollout."""
-
-    def point(group):
-        tokens = float(np.mean([run["supervised_tokens"] for run in group]))
-        return (tokens, *statistics_of([run["accuracy"][-1] for run in group]))
-
-    lengths = {tuple(r["flags"]) for r in runs if set(settings(r["flags"])) == {"--prefix-tokens"}}
-    fixed = [select(runs, world, "prefix", flags) for flags in sorted(lengths)]
-    single = {method: select(runs, world, method) for method in CONTROLS}
-    return (
-        sorted(point(group) for group in fixed if group),
-        {method: point(group) for method, group in single.items() if group},
-    )
-
-
-def sensitivity_values(runs, flag: str) -> dict[str, dict[int, float]]:
-    """{value of the flag: {seed: accuracy at the end}}, numbers in order, words as they come.
-
-    The default's runs have no flags. Flags varied along with this one are named in the value.
-    """
-    world, method, default, _, numeric = SENSITIVITY[flag]
-    companions = COMPANIONS.get(flag, {})
-    found: dict[str, dict[int, float]] = {default: {}}
-    for run in runs:
-        given = settings(run["flags"])
-        others = [name for name in given if name != f"--{flag}"]
-        # alone, --lgr-gamma is another figure's; --lgr-eps is this one's
-        ours = f"--{flag}" in given or "--lgr-eps" in given or not given
-        if (run["world"], run["method"], run["moves"]) != (world, method, usual_moves(world)):
-            continue
-        if ours and set(others) <= set(companions):
-            value = given.get(f"--{flag}", default)
-            value += "".join(f"\n{companions[name]} = {given[name]}" for name in others)
-            if numeric:
-                value = f"{float(value):g}"
-            found.setdefault(value, {})[run["seed"]] = run["accuracy"][-1]
-    present = {value: seeds for value, seeds in found.items() if seeds}
-    return dict(sorted(present.items(), key=lambda item: float(item[0]))) if numeric else present
-
-
 def spread(heights: list[float], gap: float, low=0.02, high=0.98) -> list[float]:
     """Heights for labels: at least `gap` apart, in the same order, and as near as that allows.
 
-    Less i * gap, the i-th lowest must not fall below the one before: isotonic regression, by
-    pooling adjacent violators.
+    With i * gap subtracted from the i-th lowest, heights must not decrease: isotonic regression
+    by pooling adjacent violators.
 
     >>> [round(y, 2) for y in spread([0.5, 0.1, 0.5], 0.1)]
     [0.45, 0.1, 0.55]
     """
     order = sorted(range(len(heights)), key=lambda i: heights[i])
-    pools: list[list[float]] = []  # members' heights, already less i * gap
+    pools: list[list[float]] = []  # members' heights, i * gap subtracted
     for rank, i in enumerate(order):
         pools.append([heights[i] - rank * gap])
         while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
@@ -300,31 +114,6 @@ def spread(heights: list[float], gap: float, low=0.02, high=0.98) -> list[float]
     for rank, i in enumerate(order):
         placed[i] = min(max(flat[rank], low), top) + rank * gap
     return placed
-
-
-# -------------------------------------------------------------------------------------- drawing
-
-STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-    "figure.dpi": 130,
-    "savefig.dpi": 130,
-}
 
 
 def panels(count: int, columns: int, width: float, height: float, caption: str):
@@ -347,7 +136,7 @@ def panels(count: int, columns: int, width: float, height: float, caption: str):
         grid[0, 0].set_ylabel(ACCURACY.replace(" (", "\n("))  # as high as a low panel
     else:
         figure.supylabel(ACCURACY, fontsize=9)
-    figure.supxlabel(caption, fontsize=7.5, color="#555555", x=0.99, ha="right")
+    style.caption(figure, caption)
     return figure, list(grid.flat)[:count]
 
 
@@ -426,7 +215,7 @@ def difficulty_figure(runs):
         if world == "horizon":
             axes.axvline(TEACHERS_HORIZON, color=GREY, linewidth=0.8, zorder=0)
             axes.annotate("teacher's\nhorizon", (TEACHERS_HORIZON, 0), (-3, 3), ha="right",
-                          textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
+                          textcoords="offset points", fontsize=8, color=DARK_GREY)  # fmt: skip
     return figure
 
 
@@ -484,7 +273,7 @@ def sensitivity_figure(runs, flag: str):
         return None
     figure, (axes,) = panels(1, 1, 4.2, 3.0, f"dots: seeds; {BARS}")
     x = [float(value) for value in values] if numeric else list(range(len(values)))
-    points = [(at, *statistics_of(list(seeds.values())))
+    points = [(at, *mean_and_half(list(seeds.values())))
               for at, seeds in zip(x, values.values(), strict=True)]  # fmt: skip
     colour, _, marker = LOOKS[method]
     if numeric:  # logarithmic, with room for a zero
@@ -498,10 +287,10 @@ def sensitivity_figure(runs, flag: str):
     axes.errorbar(at, mean, yerr=half, color=colour, marker=marker, capsize=3, elinewidth=1.2,
                   linewidth=0.8, linestyle="-" if numeric else "none")  # fmt: skip
     if opd := select(runs, world, "opd"):
-        level = statistics_of([run["accuracy"][-1] for run in opd])[0]
+        level = mean_and_half([run["accuracy"][-1] for run in opd])[0]
         axes.axhline(level, color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
         axes.annotate("opd", (1.02, level), xycoords=axes.get_yaxis_transform(), va="center",
-                      fontsize=8.5, color="#555555", annotation_clip=False)  # fmt: skip
+                      fontsize=8.5, color=DARK_GREY, annotation_clip=False)  # fmt: skip
     labels = [value + "\ndefault" * (value == default) for value in values]
     labels = [label if "\n" in label else f"{label}\n " for label in labels]  # first lines level
     axes.set_xticks(x, labels)
@@ -527,28 +316,24 @@ def draw(record: dict, out: Path) -> list[Path]:
 
     Raises ImportError without matplotlib.
     """
-    try:
-        import matplotlib.style
-    except ImportError:
-        raise ImportError(NEEDED) from None
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     written = []
-    with matplotlib.style.context(["default", STYLE]):  # whatever the reader's own settings
+    with style.applied():
+        out.mkdir(parents=True, exist_ok=True)
         for name, make in FIGURES.items():
             if (figure := make(record["runs"])) is not None:
                 written.append(out / f"{name}.png")
-                figure.savefig(written[-1], metadata={"Software": None})
+                style.save(figure, written[-1])
     return written
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Draw what there is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     results = ROOT / "results"
     parser.add_argument("--results", type=Path, default=results / "compare.json", metavar="FILE")
     parser.add_argument("--out", type=Path, default=results, metavar="FOLDER")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.results.is_file():
         sys.exit(f"no file {args.results}: python benchmarks/compare.py writes one")
     try:

@@ -24,42 +24,18 @@ a causal pass attends to half of its square, a leaf to the columns of its slice'
 """
 
 import argparse
-import json
-import platform
+import itertools
 import sys
-import time
 from pathlib import Path
 
 import torch
-import transformers
-from tqdm import tqdm
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # before this folder, whose lgr and logprobs are benchmarks
 
 import lgr  # noqa: E402
 import logprobs  # noqa: E402
-
-SHAPES = {  # layers, hidden, query heads, key heads, head width, feed-forward, vocabulary
-    "small": (4, 256, 4, 2, 64, 768, 4096),
-    "medium": (6, 512, 8, 4, 64, 1536, 8192),
-    "qwen3-1.7b": (28, 2048, 16, 8, 128, 6144, 151936),
-    "qwen3-8b": (36, 4096, 32, 8, 128, 12288, 151936),
-}
-
-
-def build(shape: str, device: str, dtype: torch.dtype, longest: int):
-    """A random Qwen3 of that shape."""
-    layers, hidden, heads, kv_heads, width, ff, vocabulary = SHAPES[shape]
-    config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ff, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width,
-        max_position_embeddings=longest, tie_word_embeddings=hidden < 4096,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        return Qwen3ForCausalLM(config).to(dtype).eval().requires_grad_(False)
+from benchmarks import machine, shapes, tables, timing  # noqa: E402
 
 
 class Work:
@@ -137,14 +113,14 @@ class Work:
         for part_N in column_N.tensor_split(self.slices):
             position_Q = part_N.repeat_interleave(K)
             leaf_Q = self.candidates_BTK[0, part_N].flatten()
-            place_L = torch.arange(T + len(leaf_Q), device=device)
-            allowed_LL = place_L <= place_L[:, None]
-            allowed_LL[T:] = place_L < position_Q[:, None]
+            column_L = torch.arange(T + len(leaf_Q), device=device)
+            allowed_LL = column_L <= column_L[:, None]
+            allowed_LL[T:] = column_L < position_Q[:, None]
             allowed_LL[T:, T:] = torch.eye(len(leaf_Q), dtype=torch.bool, device=device)
             hidden_BTD = self.model.base_model(
                 input_ids=torch.cat([self.ids_BT[0], leaf_Q])[None],
                 attention_mask=allowed_LL[None, None],
-                position_ids=torch.cat([place_L[:T], position_Q])[None],
+                position_ids=torch.cat([column_L[:T], position_Q])[None],
                 use_cache=False,
             )[0]
             out.append(self.confidence(hidden_BTD[0, T:]))
@@ -161,52 +137,34 @@ class Work:
 
     def flops(self) -> tuple[float, float]:
         """(plain scoring, leaves) by formula."""
-        config, T = self.model.config, self.ids_BT.shape[1]
-        D, width = config.hidden_size, config.head_dim
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        projections = D * width * (2 * heads + 2 * kv_heads) + 3 * D * config.intermediate_size
-        per_token = 2 * (config.num_hidden_layers * projections + len(self.weight_VD) * D)
-        per_column = 4 * config.num_hidden_layers * heads * width  # scores and weighted sum
+        T = self.ids_BT.shape[1]
+        token, column, head = shapes.costs(self.model, len(self.weight_VD))
         sampled_BTK = self.candidates_BTK == self.ids_BT[..., None]
         leaf_BTK = self.trigger_BT[..., None] & ~sampled_BTK
         columns = 0
         for _, column_N, _ in lgr._slices(leaf_BTK, self.nodes):
             columns += len(column_N) * (int(column_N.max()) + len(column_N))
-        trunk = T * per_token + per_column * T * (T + 1) / 2
-        return trunk, self.leaves * per_token + per_column * columns
-
-
-def clock(device: str) -> float:
-    """Seconds: of this process on a CPU, of the world on a GPU that has finished."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
+        trunk = T * (token + head) + column * T * (T + 1) / 2
+        return trunk, self.leaves * (token + head) + column * columns
 
 
 def measure(work: Work, naive: bool, repeats: int, device: str) -> dict[str, float]:
-    """Best seconds of each way, interleaved; naive whole, in portions between the others."""
+    """Best seconds of each way, in turns; naive's are the sum of its portions, one per turn."""
     ways = {"opd": work.opd, "lgr": work.lgr, "reprefill": work.reprefill, "plain": work.plain}
-    best, spent = dict.fromkeys(ways, float("inf")), 0.0
-    positions = work.trigger_BT[0].nonzero()[:, 0]
-    for portion in tqdm(positions.tensor_split(repeats), leave=False, unit="round"):
-        for name, way in ways.items():
-            start = clock(device)
-            way()
-            best[name] = min(best[name], clock(device) - start)
-        if naive:
-            start = clock(device)
-            work.naive(portion.tolist())
-            spent += clock(device) - start
-    return best | ({"naive": spent} if naive else {})
+    ways = {name: lambda _, way=way: way() for name, way in ways.items()}
+    portions = work.trigger_BT[0].nonzero()[:, 0].tensor_split(repeats)
+    if naive:
+        ways["naive"] = lambda number: work.naive(portions[number].tolist())
+    calls = timing.take_turns(ways, repeats, device)
+    seconds = {name: [s for s, _ in pairs] for name, pairs in calls.items()}
+    return {name: sum(s) if name == "naive" else min(s) for name, s in seconds.items()}
 
 
-@torch.no_grad()
-def main() -> None:
-    """Print the table, then as JSON the row of the last length and K, at rate 0.1 if there is."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--shape", choices=list(SHAPES), default="small")
+    add("--shape", choices=list(shapes.SHAPES), default="small")
     add("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tokens")
     add("--naive", type=int, nargs="*", help="lengths to time naive at (default: the last)")
     add("--candidates", type=int, nargs="+", default=[4, 8], help="K")
@@ -214,45 +172,47 @@ def main() -> None:
     add("--nodes", type=int, default=4096, help="candidates per pass, as train.py --lgr-nodes")
     add("--slices", type=int, default=8, help="of reprefill")
     add("--repeats", type=int, default=5)
-    add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--dtype", default="float32", choices=["float32", "bfloat16"])
-    add("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    naive_at = args.lengths[-1:] if args.naive is None else args.naive
-    model = build(args.shape, args.device, getattr(torch, args.dtype), 4 * max(args.lengths))
-    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{args.shape}, {args.dtype}, {where}, {args.threads} thread(s), {versions}")
+    machine.add_flags(parser)
+    args = parser.parse_args(argv)
+    args.naive = args.lengths[-1:] if args.naive is None else args.naive
+    return args
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    """Print the table, then as JSON the row of the last length and K, at rate 0.1 if there is."""
+    args = parse(argv)
+    machine.use_threads(args.threads)
+    model = shapes.random_model(
+        shapes.SHAPES[args.shape], 4 * max(args.lengths), device=args.device,
+        dtype=getattr(torch, args.dtype),
+    )  # fmt: skip
+    print(f"{args.shape}, {args.dtype}, {machine.describe(args.device, args.threads)}")
     head = "L K rate leaves opd_s lgr_s over_opd flops_over_opd over_flop_limit vs_reprefill"
-    head = [*head.split(), "vs_naive"]
-    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", flush=True)
+    tables.print_head(*head.split(), "vs_naive")
     best_rate = 0.1 if 0.1 in args.rates else args.rates[0]
     headline = {}
-    for length in args.lengths:
-        for K in args.candidates:
-            for rate in args.rates:
-                work = Work(model, length, K, rate, args.nodes, args.slices)
-                error = work.check()
-                if not error < (1e-4 if args.dtype == "float32" else 0.05):
-                    sys.exit(f"L={length} K={K} rate={rate}: confidences differ by {error}")
-                last = (K, rate) == (args.candidates[-1], best_rate)
-                s = measure(work, last and length in naive_at, args.repeats, args.device)
-                trunk, leaves = work.flops()
-                row = {
-                    "over_opd": s["lgr"] / s["opd"],
-                    "flops_over_opd": 1 + leaves / trunk,
-                    "over_flop_limit": s["lgr"] / s["plain"],
-                    "vs_reprefill": s["reprefill"] / s["lgr"],
-                    "vs_naive": s["naive"] / s["lgr"] if "naive" in s else None,
-                }
-                shown = ["-" if value is None else f"{value:.2f}" for value in row.values()]
-                first = [f"{length}", f"{K}", f"{rate:g}", f"{work.leaves}"]
-                first += [f"{s['opd']:.3f}", f"{s['lgr']:.3f}"]
-                print("| " + " | ".join(first + shown) + " |", flush=True)
-                headline = row if last else headline
+    for length, K, rate in itertools.product(args.lengths, args.candidates, args.rates):
+        work = Work(model, length, K, rate, args.nodes, args.slices)
+        error = work.check()
+        if not error < machine.tolerance(args.dtype):
+            sys.exit(f"L={length} K={K} rate={rate}: confidences differ by {error}")
+        last = (K, rate) == (args.candidates[-1], best_rate)
+        s = measure(work, last and length in args.naive, args.repeats, args.device)
+        trunk, leaves = work.flops()
+        row = {
+            "over_opd": s["lgr"] / s["opd"],
+            "flops_over_opd": 1 + leaves / trunk,
+            "over_flop_limit": s["lgr"] / s["plain"],
+            "vs_reprefill": s["reprefill"] / s["lgr"],
+            "vs_naive": s["naive"] / s["lgr"] if "naive" in s else None,
+        }
+        shown = [None if value is None else f"{value:.2f}" for value in row.values()]
+        first = length, K, f"{rate:g}", work.leaves, f"{s['opd']:.3f}", f"{s['lgr']:.3f}"
+        tables.print_row(*first, *shown)
+        headline = row if last else headline
     keys = ("vs_naive", "vs_reprefill", "over_opd", "flops_over_opd", "over_flop_limit")
-    print(json.dumps({key: headline[key] and round(headline[key], 3) for key in keys}))
+    tables.print_json({key: headline[key] for key in keys}, 3)
 
 
 if __name__ == "__main__":

@@ -24,20 +24,17 @@ of a process of its own (Linux), on a GPU what PyTorch's allocator says.  At len
 """
 
 import argparse
-import json
-import platform
-import subprocess
+import functools
 import sys
-import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder, whose logprobs is this file
 
 import logprobs  # noqa: E402
+from benchmarks import machine, memory, tables, timing  # noqa: E402
 
 JOBS = {"score": ("ours", "naive"), "logp": ("ours", "plain", "naive"),
         "rkl": ("ours", "plain", "naive")}  # fmt: skip
@@ -120,6 +117,10 @@ class Work:
         }[job]
         return self.naive[job](hidden_TD, self.head_VD, *more)
 
+    def spend(self, job: str, way: str, _) -> None:
+        """`run` for the clock; keeps nothing, so that gradients are freed before the next turn."""
+        self.run(job, way)
+
     def differences(self, job: str, ways: tuple[str, ...]) -> dict[str, float]:
         """Largest difference of every way from naive, as a share of naive's largest number."""
         right, worst = self.run(job, "naive"), {}
@@ -137,61 +138,12 @@ class Compiled(Work):
         self.naive = {job: torch.compile(f, dynamic=False) for job, f in self.naive.items()}
 
 
-def clock(device: str) -> float:
-    """Seconds: of this process on a CPU, of the world on a GPU that has finished."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
-def measure(ways: dict, repeats: int, device: str) -> dict[str, float]:
-    """Best seconds of each way, interleaved."""
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in tqdm(range(repeats), leave=False, unit="round"):
-        for name, way in ways.items():
-            start = clock(device)
-            way()
-            best[name] = min(best[name], clock(device) - start)
-    return best
-
-
-def resident(field: str) -> float:
-    """VmRSS, memory in use now, or VmHWM, the most so far, of this process in MB.  (`getrusage`
-    would count what the parent process had in use when it started this one.)"""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise ValueError(field)
-
-
-def peak(work: Work, job: str, way: str) -> float | None:
-    """MB above what there was before, for a CPU in a process that has done nothing else; None
-    where the system does not tell."""
-    if work.hidden_BTD.is_cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work.run(job, way)
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    if not Path("/proc/self/clear_refs").exists():  # Linux has it
-        return None
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = resident("VmRSS")
-    work.run(job, way)
-    return resident("VmHWM") - before
-
-
-def peak_elsewhere(length: int, job: str, way: str, args) -> float | None:
-    """`peak` in a new process; on a GPU in this one."""
-    if args.device == "cuda":
-        return peak(Work(length, args), job, way)
-    command = [sys.executable, __file__, "--cell", job, way, str(length)]
-    for name in ("vocabulary", "width", "dtype", "chunk"):
-        value = getattr(args, name)
-        command += [f"--{name}", str(value)] if value is not None else []
-    command += ["--threads", str(args.peak_threads)]
-    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
-    return json.loads(done.stdout)
+def peak_of_way(length: int, job: str, way: str, args) -> float | None:
+    """MB above what the arguments take; None where the system does not tell."""
+    machine.use_threads(args.peak_threads)
+    work = Work(length, args)
+    above = memory.peak_of(lambda: work.run(job, way)).get("above")
+    return above and above * 2**20 / 1e6
 
 
 def times(length: int, args) -> dict[str, dict[str, float]]:
@@ -200,22 +152,24 @@ def times(length: int, args) -> dict[str, dict[str, float]]:
     if args.device == "cuda":
         compiled = Compiled(length, args)
     for job, names in JOBS.items():
-        ways = {name: lambda job=job, name=name: work.run(job, name) for name in names}
+        ways = {name: (work, name) for name in names}
         for name, error in work.differences(job, names[:-1]).items():
-            if not error < (1e-4 if args.dtype == "float32" else 0.05):
+            if not error < machine.tolerance(args.dtype):
                 sys.exit(f"T={length} {job}: {name} differs from naive by {error} of the largest")
         if compiled is not None:
             try:
                 for _ in range(3):
                     compiled.run(job, "naive")
-                ways["compiled"] = lambda job=job: compiled.run(job, "naive")
+                ways["compiled"] = compiled, "naive"
             except Exception as error:  # no compiler, no memory: the others are still of interest
                 print(f"compiled {job} not measured: {type(error).__name__}", flush=True)
-        seconds[job] = measure(ways, args.repeats, args.device)
+        ways = {name: functools.partial(side.spend, job, way) for name, (side, way) in ways.items()}
+        turns = timing.take_turns(ways, args.repeats, args.device)
+        seconds[job] = {name: min(s for s, _ in calls) for name, calls in turns.items()}
     return seconds
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -226,46 +180,51 @@ def parse() -> argparse.Namespace:
     add("--width", type=int, default=1024, help="D")
     add("--chunk", type=int, help="positions (default that of logprobs.py)")
     add("--repeats", type=int, default=2)
-    add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--dtype", default="float32", choices=["float32", "bfloat16"])
-    add("--threads", type=int, default=1)
+    machine.add_flags(parser)
     add("--peak-threads", type=int, default=2, help="where only memory is measured")
-    add("--cell", nargs=3, metavar=("JOB", "WAY", "T"), help="print the memory of one way alone")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    """Print both tables, then as JSON the ratios at the last timed length and all peaks."""
-    args = parse()
-    torch.set_num_threads(args.threads)
-    if args.cell:
-        print(json.dumps(peak(Work(int(args.cell[2]), args), *args.cell[:2])))
-        return
-    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    chunk = logprobs._chunk_size(args.chunk, torch.empty(args.vocabulary, 0, device=args.device))
-    print(f"V={args.vocabulary}, D={args.width}, {args.dtype}, chunks of {chunk}, {where}, "
-          f"{args.threads} thread(s), torch {torch.__version__}")  # fmt: skip
-    print("| T | job | ours_s | plain_s | naive_s | ours/naive | plain/naive | ours/compiled |")
-    print("|---" * 8 + "|", flush=True)
+def show_times(args) -> dict[str, float | None]:
+    """The table of times; the ratios at the last length."""
+    tables.print_head(*"T job ours_s plain_s naive_s ours/naive plain/naive ours/compiled".split())
     figures = {}
     for length in args.lengths:
         for job, s in times(length, args).items():
-            for over in (("ours", "naive"), ("plain", "naive"), ("ours", "compiled")):
-                ratio = s[over[0]] / s[over[1]] if s.keys() >= set(over) else None
-                figures[f"{job}_{over[0]}_over_{over[1]}"] = ratio
-            ratios = [value for key, value in figures.items() if key.startswith(f"{job}_")]
-            shown = [f"{s[way]:.3f}" if way in s else "-" for way in ("ours", "plain", "naive")]
-            shown += ["not measured" if value is None else f"{value:.3f}" for value in ratios]
-            print("| " + " | ".join([f"{length}", job, *shown]) + " |", flush=True)
-    print("\n| T | job | way | peak_mb |\n" + "|---" * 4 + "|", flush=True)
+            shown = [f"{s[way]:.3f}" if way in s else None for way in ("ours", "plain", "naive")]
+            for one, other in (("ours", "naive"), ("plain", "naive"), ("ours", "compiled")):
+                ratio = s[one] / s[other] if {one, other} <= s.keys() else None
+                figures[f"{job}_{one}_over_{other}"] = ratio
+                shown.append("not measured" if ratio is None else f"{ratio:.3f}")
+            tables.print_row(length, job, *shown)
+    return figures
+
+
+def show_peaks(args) -> dict[str, float | None]:
+    """The table of memory; its numbers."""
+    tables.print_head(*"T job way peak_mb".split())
+    figures = {}
     for length in args.peaks:
         for job, ways in JOBS.items():
             for way in ways if length <= args.naive else ways[:1]:
-                mb = peak_elsewhere(length, job, way, args)
+                what = length, job, way, args
+                on_gpu = args.device == "cuda"
+                mb = peak_of_way(*what) if on_gpu else memory.in_a_process(peak_of_way, *what)
                 figures[f"{job}_{way}_{length}_mb"] = mb
-                shown = "not measured" if mb is None else f"{mb:.0f}"
-                print(f"| {length} | {job} | {way} | {shown} |", flush=True)
-    print(json.dumps({key: value and round(value, 3) for key, value in figures.items()}))
+                tables.print_row(length, job, way, "not measured" if mb is None else f"{mb:.0f}")
+    return figures
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print both tables, then as JSON the ratios at the last timed length and all peaks."""
+    args = parse(argv)
+    machine.use_threads(args.threads)
+    chunk = logprobs._chunk_size(args.chunk, torch.empty(args.vocabulary, 0, device=args.device))
+    print(f"V={args.vocabulary}, D={args.width}, {args.dtype}, chunks of {chunk}, "
+          f"{machine.describe(args.device, args.threads)}")  # fmt: skip
+    figures = show_times(args)
+    print()
+    tables.print_json(figures | show_peaks(args), 3)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,8 @@ r"""What the release rule costs: margins to keep mask, sentences alone, and both
 """
 
 import argparse
-import json
 import math
 import os
-import platform
 import random
 import sys
 import time
@@ -36,13 +34,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
 
 import grading  # noqa: E402
 
@@ -50,6 +46,7 @@ import harness  # noqa: E402
 import rollout  # noqa: E402
 import teachability  # noqa: E402
 import toy  # noqa: E402
+from benchmarks import machine, shapes, tables  # noqa: E402
 
 K, PROMPT = 4, 64  # candidates; tokens before the response
 
@@ -185,15 +182,15 @@ class Words:
         return ids[:length]
 
 
+def start_splitting(text, workers: int) -> grading.Sentences:
+    """What splits sentences in a run."""
+    return grading.Sentences(text.tokenizer, teachability.sentence_splitter("auto")[0], workers)
+
+
 def measure_splitting(args, text) -> dict[int, tuple[float, float]]:
     """By number of workers: (characters per second, seconds for `args.rows` responses)."""
     length = max(args.lengths)
-    splitters = {
-        workers: grading.Sentences(
-            text.tokenizer, teachability.sentence_splitter("auto")[0], workers
-        )
-        for workers in args.workers
-    }
+    splitters = {workers: start_splitting(text, workers) for workers in args.workers}
     best = dict.fromkeys(args.workers, (0.0, math.inf))
     for repeat in range(args.repeats + 1):
         ids = [np.array(text.ids(length), dtype=np.int32) for _ in range(args.text_rows)]
@@ -211,28 +208,15 @@ def measure_splitting(args, text) -> dict[int, tuple[float, float]]:
 
 
 # ------------------------------------------------------------------------------- with a teacher
-def build_teacher(vocabulary: int, layers: int, width: int, longest: int):
-    """A random Qwen3."""
-    config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=max(16, width // 4), max_position_embeddings=longest, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(config).eval().requires_grad_(False)
-
-
 def measure_grading(args, text) -> dict[str, dict[str, float]]:
     """Best seconds of a whole grading pass, by way: wall, phase "mask", CPU of this process."""
     length = min(args.lengths)
     ways = {"none": ("none", 0), "release, 0": ("release", 0), "release, 1": ("release", 1)}
-    splitters = {
-        name: grading.Sentences(
-            text.tokenizer, teachability.sentence_splitter("auto")[0], workers
-        )
-        for name, (_, workers) in ways.items()
-    }  # before the model, as in train.py
-    teacher = build_teacher(Words.SIZE, args.layers, args.width, PROMPT + length)
+    # before the model, as in train.py
+    splitters = {name: start_splitting(text, workers) for name, (_, workers) in ways.items()}
+    width = args.width
+    shape = shapes.Shape(args.layers, width, 4, 2, max(16, width // 4), 3 * width, Words.SIZE)
+    teacher = shapes.random_model(shape, PROMPT + length, tie_word_embeddings=True)
     generator = torch.Generator().manual_seed(0)
     best = {name: dict.fromkeys(("wall", "mask", "cpu"), math.inf) for name in ways}
     for repeat in range(args.repeats + 1):
@@ -264,8 +248,51 @@ def grade_once(teacher, batch, settings, sentences) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------ main
+def show_masks(args) -> dict[str, float]:
+    """Part 1."""
+    print(f"\nmargins to keep mask, {args.rows} rollouts, K = {K}")
+    tables.print_head(*"tokens s ns_per_token cut".split())
+    figures = {}
+    for length in sorted(args.lengths):
+        seconds, cut = measure_masks(args, length)
+        each = seconds / args.rows / length * 1e9
+        tables.print_row(length, f"{seconds:.3f}", f"{each:.1f}", f"{cut:.2f}")
+        figures |= {f"mask_s_{length}": seconds, f"mask_ns_per_token_{length}": each}
+    return figures
+
+
+def show_splitting(args, texts: dict) -> dict[str, float]:
+    """Part 2."""
+    print(f"\nsplitting {args.rows} x {max(args.lengths)} tokens, from {args.text_rows} rows")
+    tables.print_head(*"text workers MB_per_s s".split())
+    figures = {}
+    for name, text in texts.items():
+        for workers, (speed, seconds) in measure_splitting(args, text).items():
+            tables.print_row(name, workers, f"{speed / 1e6:.2f}", f"{seconds:.1f}")
+            figures[f"split_mb_per_s_{name}_{workers}"] = speed / 1e6
+    return figures
+
+
+def show_grading(args, text) -> dict[str, float]:
+    """Part 3."""
+    best = measure_grading(args, text)
+    print(f"\na grading pass over {args.text_rows} x {min(args.lengths)} tokens; the teacher has "
+          f"{args.layers} layers of width {args.width}, V = {Words.SIZE}")  # fmt: skip
+    tables.print_head("mask, workers", "s", "mask_s", "over_none", "cpu_over_none")
+    figures = {}
+    for name, row in best.items():
+        over = {key: row[key] / best["none"][key] for key in ("wall", "cpu")}
+        tables.print_row(name, f"{row['wall']:.3f}", f"{row['mask']:.4f}", f"{over['wall']:.3f}",
+                         f"{over['cpu']:.3f}")  # fmt: skip
+        if name != "none":
+            workers = name[-1]
+            figures |= {f"over_none_{workers}": over["wall"]}
+            figures |= {f"mask_share_{workers}": row["mask"] / row["wall"]}
+    return figures
+
+
 @torch.no_grad()
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print three tables, then their figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -278,41 +305,15 @@ def main() -> None:
     add("--layers", type=int, default=1, help="of the teacher of part 3")
     add("--width", type=int, default=64, help="of the teacher of part 3")
     add("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = parser.parse_args(argv)
+    machine.use_threads(1)
     _, splitter_name = teachability.sentence_splitter("auto")
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{platform.machine()}, {os.cpu_count()} cores, 1 thread, {versions}, {splitter_name}")
-
-    figures = {}
-    print(f"\nmargins to keep mask, {args.rows} rollouts, K = {K}")
-    print("| tokens | s | ns_per_token | cut |\n" + "|---" * 4 + "|", flush=True)
-    for length in sorted(args.lengths):
-        seconds, cut = measure_masks(args, length)
-        each = seconds / args.rows / length * 1e9
-        print(f"| {length} | {seconds:.3f} | {each:.1f} | {cut:.2f} |", flush=True)
-        figures |= {f"mask_s_{length}": seconds, f"mask_ns_per_token_{length}": each}
-
-    print(f"\nsplitting {args.rows} x {max(args.lengths)} tokens, from {args.text_rows} rows")
-    print("| text | workers | MB_per_s | s |\n" + "|---" * 4 + "|", flush=True)
-    for name, text in (("toy", Toy()), ("words", Words())):
-        for workers, (speed, seconds) in measure_splitting(args, text).items():
-            print(f"| {name} | {workers} | {speed / 1e6:.2f} | {seconds:.1f} |", flush=True)
-            figures |= {f"split_mb_per_s_{name}_{workers}": speed / 1e6}
-
-    best = measure_grading(args, text)
-    print(f"\na grading pass over {args.text_rows} x {min(args.lengths)} tokens; the teacher has "
-          f"{args.layers} layers of width {args.width}, V = {Words.SIZE}")
-    print("| mask, workers | s | mask_s | over_none | cpu_over_none |\n" + "|---" * 5 + "|")
-    for name, row in best.items():
-        over = {key: row[key] / best["none"][key] for key in ("wall", "cpu")}
-        print(f"| {name} | {row['wall']:.3f} | {row['mask']:.4f} | {over['wall']:.3f} | "
-              f"{over['cpu']:.3f} |")
-        if name != "none":
-            workers = name[-1]
-            figures |= {f"over_none_{workers}": over["wall"]}
-            figures |= {f"mask_share_{workers}": row["mask"] / row["wall"]}
-    print(json.dumps({key: round(value, 4) for key, value in figures.items()}))
+    print(machine.describe("cpu", 1, f"{os.cpu_count()} cores", splitter_name))
+    figures = show_masks(args)
+    texts = {"toy": Toy(), "words": Words()}
+    figures |= show_splitting(args, texts)
+    figures |= show_grading(args, texts["words"])
+    tables.print_json(figures, 4)
 
 
 if __name__ == "__main__":

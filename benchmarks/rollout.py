@@ -29,28 +29,19 @@ length) per second, over the measured speed of copying.
 """
 
 import argparse
-import json
-import platform
+import itertools
 import sys
-import time
 from pathlib import Path
 
 import torch
-import transformers
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # before this folder, whose rollout is this file
 
 import harness  # noqa: E402
 import rollout  # noqa: E402
 import toy  # noqa: E402
-
-SHAPES = {  # layers, hidden, query heads, key heads, head width, feed-forward, vocabulary
-    "tiny": (2, 32, 4, 2, 8, 64, 512),
-    "qwen3-0.6b": (28, 1024, 16, 8, 128, 3072, 151936),
-    "qwen3-1.7b": (28, 2048, 16, 8, 128, 6144, 151936),
-}
+from benchmarks import machine, shapes, tables, timing  # noqa: E402
 
 
 class Countdown(torch.nn.Module):
@@ -71,17 +62,8 @@ class Countdown(torch.nn.Module):
 
 
 def build(shape: str, device: str, dtype: torch.dtype, longest: int):
-    """A random Qwen3 of that shape that counts down."""
-    layers, hidden, heads, kv_heads, width, ff, vocabulary = SHAPES[shape]
-    config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ff, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width,
-        max_position_embeddings=2 * longest, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen3ForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    """A random model of that shape that counts down."""
+    model = shapes.random_model(shapes.SHAPES[shape], 2 * longest, device=device, dtype=dtype)
     head = Countdown(model.lm_head)
     model.lm_head = head
 
@@ -195,46 +177,38 @@ class Work:
         return same / total, sum(map(len, ours)), bytes_read
 
 
-def clock(device: str) -> float:
-    """Seconds: of this process on a CPU, of the world on a GPU that has finished."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
 def copy_speed(device: str) -> float:
     """Bytes per second read and written by copying a large buffer; best of 5."""
     source = torch.zeros(2**30 if device == "cuda" else 2**27, device=device)
     target, best = torch.empty_like(source), 0.0
     for _ in range(5):
-        start = clock(device)
+        start = timing.clock(device)
         target.copy_(source)
-        best = max(best, 2 * source.numel() * source.element_size() / (clock(device) - start))
+        seconds = timing.clock(device) - start
+        best = max(best, 2 * source.numel() * source.element_size() / seconds)
     return best
 
 
 def measure(work: Work, batch: int, caches: list[str], rounds: int, device: str) -> dict:
-    """Best tokens per second of each side at temperature 1, interleaved."""
-    best = dict.fromkeys(["ours", *caches], 0.0)
-    for turn in range(rounds):
-        for side in best:
-            start = clock(device)
-            if side == "ours":
-                responses = work.ours(batch, greedy=False, seed=turn)
-            else:
-                responses = work.generate(batch, False, side, seed=turn)
-            seconds = clock(device) - start
-            best[side] = max(best[side], sum(map(len, responses)) / seconds)
-    return best
+    """Best tokens per second of each side at temperature 1, in turns."""
+
+    def count(responses: list[list[int]]) -> int:
+        return sum(map(len, responses))
+
+    ways = {"ours": lambda number: count(work.ours(batch, greedy=False, seed=number))}
+    for cache in caches:
+        ways[cache] = lambda number, cache=cache: count(
+            work.generate(batch, False, cache, seed=number)
+        )
+    turns = timing.take_turns(ways, rounds, device)
+    return {name: max(n / seconds for seconds, n in calls) for name, calls in turns.items()}
 
 
-@torch.no_grad()
-def main() -> None:
-    """Print the table, then its ratios as JSON."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--models", nargs="+", default=["toy"], choices=["toy", *SHAPES])
+    add("--models", nargs="+", default=["toy"], choices=["toy", *shapes.SHAPES])
     add("--lengths", nargs="+", default=["equal", "heavy"], choices=["equal", "heavy"])
     add("--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="rows in flight")
     add("--rows", type=int, nargs="+", help="rollouts for each batch (default 4 times, 8 to 512)")
@@ -242,42 +216,40 @@ def main() -> None:
     add("--prompt-tokens", type=int, default=32, help="longest prompt of random weights")
     add("--caches", nargs="+", default=["dynamic", "static"], choices=["dynamic", "static"])
     add("--rounds", type=int, default=3)
-    add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--dtype", default="float32", choices=["float32", "bfloat16"])
-    add("--threads", type=int, default=1)
-    args = parser.parse_args()
+    machine.add_flags(parser)
+    args = parser.parse_args(argv)
     if args.rows and len(args.rows) != len(args.batches):
         parser.error(f"--rows has {len(args.rows)} numbers, --batches {len(args.batches)}")
-    torch.set_num_threads(args.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    speed = copy_speed(args.device)
-    copying = f"copying {speed / 1e9:.1f} GB/s"
-    print(f"{args.dtype}, {where}, {args.threads} thread(s), {copying}, {versions}")
+    args.rows = args.rows or [min(max(4 * batch, 8), 512) for batch in args.batches]
+    return args
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    """Print the table, then its ratios as JSON."""
+    args = parse(argv)
+    machine.use_threads(args.threads)
+    machine.quiet()
+    speed, dtype = copy_speed(args.device), getattr(torch, args.dtype)
+    where = machine.describe(args.device, args.threads, f"copying {speed / 1e9:.1f} GB/s")
+    print(f"{args.dtype}, {where}")
     head = "model lengths batch rows mean_tokens same ours_tok/s bandwidth"
-    head = [*head.split(), *(f"{cache}_tok/s" for cache in args.caches), "ratio"]
-    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", flush=True)
-    ratios = {}
-    for name in args.models:
-        rows_of = args.rows or [min(max(4 * batch, 8), 512) for batch in args.batches]
-        for kind in args.lengths:
-            for batch, rows in zip(args.batches, rows_of, strict=True):
-                dtype = getattr(torch, args.dtype)
-                work = Work(name, kind, rows, args.tokens, args.prompt_tokens, args.device, dtype)
-                same, tokens, bytes_read = work.check(batch, args.caches)
-                if same < 0.9:
-                    sys.exit(f"{name} {kind} {batch}: only {same:.3f} of the greedy tokens agree")
-                best = measure(work, batch, args.caches, args.rounds, args.device)
-                share = bytes_read / tokens * best["ours"] / speed
-                ratio = best["ours"] / max(best[cache] for cache in args.caches)
-                ratios[f"{name}/{kind}/{batch}"] = round(ratio, 2)
-                shown = [name, kind, f"{batch}", f"{rows}", f"{tokens / rows:.0f}", f"{same:.3f}"]
-                shown += [f"{best['ours']:.0f}", f"{share:.2f}"]
-                shown += [f"{best[cache]:.0f}" for cache in args.caches] + [f"{ratio:.2f}"]
-                print("| " + " | ".join(shown) + " |", flush=True)
-    print(json.dumps(ratios))
+    tables.print_head(*head.split(), *(f"{cache}_tok/s" for cache in args.caches), "ratio")
+    ratios, sizes = {}, list(zip(args.batches, args.rows, strict=True))
+    for name, kind, (batch, rows) in itertools.product(args.models, args.lengths, sizes):
+        work = Work(name, kind, rows, args.tokens, args.prompt_tokens, args.device, dtype)
+        same, tokens, bytes_read = work.check(batch, args.caches)
+        if same < 0.9:
+            sys.exit(f"{name} {kind} {batch}: only {same:.3f} of the greedy tokens agree")
+        best = measure(work, batch, args.caches, args.rounds, args.device)
+        share = bytes_read / tokens * best["ours"] / speed
+        others = [best[cache] for cache in args.caches]
+        ratios[f"{name}/{kind}/{batch}"] = ratio = best["ours"] / max(others)
+        tables.print_row(
+            name, kind, batch, rows, f"{tokens / rows:.0f}", f"{same:.3f}", f"{best['ours']:.0f}",
+            f"{share:.2f}", *(f"{other:.0f}" for other in others), f"{ratio:.2f}",
+        )  # fmt: skip
+    tables.print_json(ratios, 2)
 
 
 if __name__ == "__main__":

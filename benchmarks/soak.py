@@ -1,24 +1,26 @@
-r"""Kill runs of `train.py` at random moments, resume them, and compare with runs left in peace.
+r"""Kill runs of `train.py` at random moments, resume them, and compare with uninterrupted runs.
 
     python benchmarks/soak.py                   50 kills, about ten minutes on 2 cores
     python benchmarks/soak.py --kills 500 --seed 1
 
 Short toy runs, of the CASES in turn, are started with `--resume` and ended at a random moment: most
-with SIGKILL, of every process at once; the rest with SIGTERM, Ctrl-C or SIGHUP.  The same command
-starts them again, and so on until they finish.  A finished run must have the same lines in its log
-(times aside), the same files in student/ and the same last checkpoint, byte for byte, as the run of
-the same command that nobody touched.  After every kill, what lies there must be whole: no
-checkpoint torn, every line of the log but the last one an object.
+with SIGKILL, sent to every process at once; the rest with SIGTERM, Ctrl-C or SIGHUP.  The same
+command starts them again, and so on until they finish.  A finished run must have the same lines in
+its log (times aside), the same files in student/ and the same last checkpoint, byte for byte, as an
+uninterrupted run of the same command.  After every kill, whatever has its final name must be whole:
+checkpoints must have their checksums, and every line of the log but the last one must be an object.
 
-Reading key
-    kills        of running processes; a run that had already finished when it was to die does not
-                 count
+The last line is JSON:
+
+    kills        of running processes; a run that had finished before it was to die does not count
+    mismatches   finished runs that differ, and files that were not whole after a kill
     resumes      starts that found a run to go on with
-    where        what a killed run was doing, by what it left: it had no folder yet ("starting"),
-                 had a config and no checkpoint or log yet ("loading"), a half-written checkpoint
-                 or result ("writing"), else "training", evaluations included
-    mismatches   finished runs that differ, and kills after which something was not whole
-The last line is one JSON object.
+    runs         finished runs
+    where        what the killed runs were doing, by the files they left:
+                   starting   no folder yet
+                   loading    a config, no checkpoint or log yet
+                   writing    a checkpoint or result is half written
+                   training   anything else, evaluations included
 """
 
 import argparse
@@ -182,17 +184,17 @@ def wait_for_moment(process, out: Path, seen: int, loop: float, rng) -> None:
         pass
 
 
-def soak(kills: int, seed: int, place: Path) -> dict:
+def soak(kills: int, seed: int, folder: Path) -> dict:
     """Kill, resume, compare, until there were so many kills; returns the figures."""
-    rng, counts, places, mismatches = random.Random(seed), Counter(), Counter(), []
-    references = {case: place / f"reference-{n}" for n, case in enumerate(CASES)}
+    rng, counts, doing, mismatches = random.Random(seed), Counter(), Counter(), []
+    references = {case: folder / f"reference-{n}" for n, case in enumerate(CASES)}
     times, bar = {}, tqdm(total=kills, unit="kill")
     while counts["kills"] < kills:
         case = list(CASES)[counts["runs"] % len(CASES)]
         if case not in times:
             bar.set_description(f"{case}: reference")
             times[case] = reference_run(case, references[case])
-        out, code = place / f"run-{counts['runs']}", None
+        out, code = folder / f"run-{counts['runs']}", None
         bar.set_description(case)
         while code != 0 or not (out / "student").exists():
             counts["resumes"] += (out / "config.json").exists()
@@ -204,7 +206,7 @@ def soak(kills: int, seed: int, place: Path) -> dict:
                     end(process, out, number)
                     counts["kills"] += 1
                     bar.update()
-                    places[where(out)] += 1
+                    doing[where(out)] += 1
                     mismatches += [f"{out.name}, {case}: {what}" for what in broken(out)]
                     continue
             code = process.wait(600)
@@ -220,7 +222,7 @@ def soak(kills: int, seed: int, place: Path) -> dict:
         print(text)
     return {
         "kills": counts["kills"], "mismatches": len(mismatches), "resumes": counts["resumes"],
-        "runs": counts["runs"], "where": dict(places), "seed": seed,
+        "runs": counts["runs"], "where": dict(doing), "seed": seed,
     }  # fmt: skip
 
 
@@ -232,15 +234,16 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     if args.kills < 1:
         parser.error(f"--kills must be at least 1, not {args.kills}")
-    warnings.simplefilter("error")  # no kill may tear a checkpoint
-    place = Path(tempfile.mkdtemp(prefix="soak-"))
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
     began = time.monotonic()
-    result = soak(args.kills, args.seed, place)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a checkpoint with wrong checksums is warned of
+        result = soak(args.kills, args.seed, folder)
     result["seconds"] = round(time.monotonic() - began)
     print(json.dumps(result))
     if result["mismatches"]:
-        sys.exit(f"what differed is kept in {place}")
-    shutil.rmtree(place)
+        sys.exit(f"what differed is kept in {folder}")
+    shutil.rmtree(folder)
     return result
 
 

@@ -28,14 +28,13 @@ import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import compare  # noqa: E402
-import figures  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 import curves  # noqa: E402
-import report  # noqa: E402
 import toy  # noqa: E402
+from benchmarks import runs as training  # noqa: E402
+from benchmarks import style, tables  # noqa: E402
+from benchmarks.intervals import mean_and_half, plus_minus  # noqa: E402
 
 SEEN = ["horizon", "clean", "varied", "confident", "off-by-one", "fork", "fork-mirror"]
 CASES = [(world, toy.world(world).moves) for world in [
@@ -52,9 +51,9 @@ def seen(world: str, moves: int) -> bool:
     return world in SEEN and moves == toy.world(world).moves
 
 
-def diagnose(world: str, moves: int, seed: int, place: Path, others=()) -> dict:
+def diagnose(world: str, moves: int, seed: int, root: Path, others=()) -> dict:
     """The report of one run of the command; not run again if it is there."""
-    out = place / f"{world}-n{moves}-seed{seed}{'-after' if others else ''}"
+    out = root / f"{world}-n{moves}-seed{seed}{'-after' if others else ''}"
     if not (out / "report.md").exists():
         command = [sys.executable, str(ROOT / "diagnose.py"), "--toy", world, "--out", str(out),
                    "--difficulty", str(moves), "--seed", str(seed), "--completions", "0",
@@ -107,7 +106,7 @@ def advice_table(lines: list[dict]) -> str:
         rows.append([line["world"], line["moves"], "yes" if line["seen"] else "no", suggested,
                      f"{statistics.mean(line['teacher']):.3f}", f"{line['after']['none']:.3f}",
                      *cells, f"{statistics.mean(known):.3f}" if known else "-"])  # fmt: skip
-    return report.table(head, rows)
+    return tables.table(head, rows)
 
 
 # -------------------------------------------------------------------------------- after training
@@ -137,16 +136,6 @@ def shaped(fit: dict) -> bool:
     return fit["fall"] > 0.01 and fit["r2"] >= curves.EXPLAINED
 
 
-def spread(values: list, digits: int = 3) -> str:
-    """Mean ± standard error over seeds; a single number as it is."""
-    if not values:
-        return "-"
-    text = f"{statistics.mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
-    return text
-
-
 def after_table(lines: list[dict]) -> str:
     """The second table in Markdown."""
     head = ["world", "trained by", "accuracy", "teacher's confidence", "falls by", "t* located",
@@ -160,13 +149,14 @@ def after_table(lines: list[dict]) -> str:
                 for fit in fits]  # fmt: skip
         shifts = [shift for shift in line["shift"] if shift]
         rows.append([
-            line["world"], line["method"], spread(line["accuracy"]), spread(line["confidence"]),
-            spread([fit["fall"] for fit in line["fit"]]),
+            line["world"], line["method"],
+            *map(plus_minus, (line["accuracy"], line["confidence"],
+                              [fit["fall"] for fit in line["fit"]])),
             f"{len(located)}/{len(line['fit'])}", " ".join(each) or "-",
             f"{sum(shift['moved'] for shift in shifts)}/{len(shifts)}" if shifts else "-",
-            *(spread([fit[k] for fit in fits]) for k in ("slope", "drop", "floor", "r2")),
+            *(plus_minus([fit[k] for fit in fits]) for k in ("slope", "drop", "floor", "r2")),
         ])  # fmt: skip
-    return report.table(head, rows)
+    return tables.table(head, rows)
 
 
 def mean_curve(line: dict):
@@ -177,31 +167,28 @@ def mean_curve(line: dict):
     responses_SX = np.array([curve["responses"][:X] for curve in line["curve"]])
     count_X = np.array([curve["count"][:X] for curve in line["curve"]]).sum(axis=0)
     runs_X = (responses_SX >= curves.RUNNING * responses_SX.max(axis=1, keepdims=True)).all(axis=0)
-    curve, seeds = line["curve"][0], len(mean_SX)
+    curve = line["curve"][0]
     middle_X = (np.array(curve["from"][:X]) + np.array(curve["to"][:X]) - 1) / 2
-    half_X = np.zeros(X)
-    if seeds > 1:
-        half_X = figures.t975(seeds - 1) * mean_SX.std(axis=0, ddof=1) / seeds**0.5
-    return middle_X[runs_X], mean_SX.mean(axis=0)[runs_X], half_X[runs_X], count_X[runs_X]
+    mean_X, half_X = np.array([mean_and_half(values_S) for values_S in mean_SX.T]).T
+    return middle_X[runs_X], mean_X[runs_X], np.nan_to_num(half_X)[runs_X], count_X[runs_X]
 
 
 # lines that lie on each other still show: colour, dashes, width
 LOOKS = {
     "before": ("#bbbbbb", "-", 4),
-    "opd": (figures.RED, "-", 1.6),
-    "release": (figures.BLUE, (0, (4, 3)), 1.6),
-    "lgr": (figures.GREEN, (0, (1.5, 2.5)), 2),
-    "release+lgr": (figures.SKY, (0, (6, 1, 1, 1)), 1.6),
+    "opd": (style.RED, "-", 1.6),
+    "release": (style.BLUE, (0, (4, 3)), 1.6),
+    "lgr": (style.GREEN, (0, (1.5, 2.5)), 2),
+    "release+lgr": (style.SKY, (0, (6, 1, 1, 1)), 1.6),
 }
 
 
 def draw(lines: list[dict], out: Path) -> None:
     """after.png: F(t) before and after with the fitted logistic, and what became of t*."""
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
     worlds = list(dict.fromkeys(line["world"] for line in lines))
-    with matplotlib.style.context(["default", figures.STYLE]):
+    with style.applied():
+        from matplotlib.figure import Figure
+
         pairs = (len(worlds) + 1) // 2  # two worlds side by side, their points below their curves
         figure = Figure((8.5, 4.0 * pairs), layout="constrained")
         grid = figure.subplots(2 * pairs, 2, squeeze=False, height_ratios=[3, 2] * pairs)
@@ -213,12 +200,12 @@ def draw(lines: list[dict], out: Path) -> None:
             grid[row, 0].set_ylabel("teacher's confidence F(t)")
         for axes in grid[2 * pairs - 2 :, 1] if len(worlds) % 2 else ():
             axes.remove()
-        figure.supxlabel(
+        style.caption(
+            figure,
             "above: means over seeds, 95% t intervals; thin: logistic · "
             "below: every seed, 95% interval; hollow: a fall too small to count",
-            fontsize=7.5, color="#555555", x=0.99, ha="right",
-        )  # fmt: skip
-        figure.savefig(out / "after.png", metadata={"Software": None})
+        )
+        style.save(figure, out / "after.png")
 
 
 def draw_world(above, below, lines: list[dict]) -> None:
@@ -249,18 +236,19 @@ def draw_world(above, below, lines: list[dict]) -> None:
         if not located:
             below.locator_params(axis="x", nbins=4)
             below.plot(line["confidence"], y, color=colour, ls="", marker="o", markersize=3)
-    place = above.get_subplotspec()
-    if place.is_first_col() and place.is_first_row():
+    panel = above.get_subplotspec()
+    if panel.is_first_col() and panel.is_first_row():
         above.legend(loc="lower left")
     below.set_yticks(range(len(lines)), [line["method"] for line in lines])
     below.set_ylim(len(lines) - 0.5, -0.5)
     below.set_xlabel("t*, token of the response" if located else "mean of F; there is no t*")
-    if not below.get_subplotspec().is_first_col():
+    if not panel.is_first_col():
         below.tick_params(labelleft=False)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, then write tables, picture and figures."""
+# ------------------------------------------------------------------------------------------ main
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of diagnosis and training")
@@ -272,54 +260,66 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, help="default results/, a part of it runs/verdicts/")
     args = parser.parse_args(argv)
     whole = args.seeds == [0, 1, 2, 3, 4] and not args.cases and args.after == AFTER
-    out = args.out or (ROOT / "results" if whole else args.place)
+    args.out = args.out or (ROOT / "results" if whole else args.place)
+    return args
+
+
+def measure(args) -> tuple[list[dict], list[dict], list[str]]:
+    """Run what is missing; lines of both tables, and the commits that the diagnoses come from."""
     cases = [case for case in CASES if not args.cases or case[0] in args.cases]
-    compare.build_worlds([world for world, _ in cases] + args.after)
-    cells = {world: compare.cells(world, " ".join(METHODS), curve=True) for world in args.after}
+    training.build_worlds([world for world, _ in cases] + args.after)
+    cells = {world: training.cells(world, " ".join(METHODS), curve=True) for world in args.after}
     todo = [(cell, seed) for world in args.after for cell in cells[world] for seed in args.seeds]
-    compare.run_all(todo, args.runs, args.jobs, [])
+    training.run_all(todo, args.runs, args.jobs, [])
     tasks = [(*case, seed, args.place) for case in cases for seed in args.seeds]
     for world in args.after:
-        students = [args.runs / f"{cell.name}-seed{seed}" / "student"
+        students = [training.run_folder(args.runs, cell, seed) / "student"
                     for cell in cells[world] for seed in args.seeds]  # fmt: skip
         tasks.append((world, toy.world(world).moves, 0, args.place, students))
-    found = run_all(tasks, args.jobs)
+    reports = run_all(tasks, args.jobs)
     runs = json.loads((ROOT / "results" / "compare.json").read_text())["runs"]
     known = {(run["world"], run["method"], run["moves"]) for run in runs if not run["flags"]}
-    runs += [compare.summary(cell, seed, args.runs) for cell, seed in todo
+    runs += [training.summary(cell, seed, args.runs) for cell, seed in todo
              if (cell.world, cell.method, cell.difficulty) not in known]  # fmt: skip
     S = len(args.seeds)
-    first = [advice(found[i * S : (i + 1) * S], runs, *case) for i, case in enumerate(cases)]
-    second = [line for world, r in zip(args.after, found[len(cases) * S :], strict=True)
+    first = [advice(reports[i * S : (i + 1) * S], runs, *case) for i, case in enumerate(cases)]
+    second = [line for world, r in zip(args.after, reports[len(cases) * S :], strict=True)
               for line in after_lines(r, world, args.seeds)]  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
+    return first, second, sorted({str(r["commit"]) for r in reports})
+
+
+def summarize(first: list[dict]) -> dict:
+    """The line of JSON: regrets, and how often opd comes as far as its teacher."""
+    figures = {}
+    for name, is_seen in (("seen", True), ("unseen", False)):
+        lines = [line for line in first if line["seen"] == is_seen]
+        values = [r for line in lines for r in line["regret"] if r is not None]
+        if values:
+            mean = round(statistics.mean(values), 4)
+            figures[name] = {"diagnoses": len(values), "mean_regret": mean, "worst": max(values)}
+    gaps = [abs(line["after"]["opd"] - statistics.mean(line["teacher"])) for line in first]
+    return figures | {"opd_within_0.1_of_the_teacher": [sum(g < 0.1 for g in gaps), len(gaps)]}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, then write tables and picture."""
+    args = parse(argv)
+    first, second, commits = measure(args)
+    args.out.mkdir(parents=True, exist_ok=True)
     record = {"command": " ".join(["python benchmarks/verdicts.py", *(argv or sys.argv[1:])]),
-              "commits": sorted({str(r["commit"]) for r in found}),
-              "advice": first, "after": second}  # fmt: skip
-    (out / "verdicts.json").write_text(json.dumps(record, indent=1) + "\n")
+              "commits": commits, "advice": first, "after": second}  # fmt: skip
+    (args.out / "verdicts.json").write_text(json.dumps(record, indent=1) + "\n")
     parts = ["## The advice, and what training did", advice_table(first)]
     parts += ["## After training", after_table(second)] if second else []
     text = "\n\n".join(parts) + "\n"
-    (out / "verdicts.md").write_text(text)
+    (args.out / "verdicts.md").write_text(text)
     print(text)
     if second:
         try:
-            draw(second, out)
-        except ImportError:
-            print(figures.NEEDED)
-    regrets = {
-        name: [r for line in first if line["seen"] == is_seen for r in line["regret"]
-               if r is not None]
-        for name, is_seen in (("seen", True), ("unseen", False))
-    }  # fmt: skip
-    summary = {
-        name: {"diagnoses": len(values), "mean_regret": round(statistics.mean(values), 4),
-               "worst": max(values)}
-        for name, values in regrets.items() if values
-    }  # fmt: skip
-    gaps = [abs(line["after"]["opd"] - statistics.mean(line["teacher"])) for line in first]
-    near = sum(gap < 0.1 for gap in gaps)
-    print(json.dumps(summary | {"opd_within_0.1_of_the_teacher": [near, len(gaps)]}))
+            draw(second, args.out)
+        except ImportError as error:
+            print(error)
+    print(json.dumps(summarize(first)))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,12 @@ import pytest
 import torch
 from runs import read_log, run_command
 from safetensors.torch import load_file
-from test_benchmarks import load_benchmark
 
 import train
+from benchmarks import soak
 from harness import checkpoint, pair
 from harness.log import Log
 
-soak = load_benchmark("soak")
 ROOT = Path(train.__file__).parent
 PYTHON = [sys.executable, ROOT / "train.py"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

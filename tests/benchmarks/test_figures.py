@@ -1,7 +1,7 @@
 """The figures say what the runs say: the numbers first, then that the pictures get written."""
 
 import doctest
-import importlib.util
+import importlib
 import json
 import math
 import subprocess
@@ -11,13 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
-if "figures" not in sys.modules:  # benchmarks/compare.py imports it too
-    # by its path: with the folder on sys.path, benchmarks/lgr.py would stand in for lgr.py
-    SPEC = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks" / "figures.py")
-    sys.modules["figures"] = importlib.util.module_from_spec(SPEC)
-    SPEC.loader.exec_module(sys.modules["figures"])
-figures = sys.modules["figures"]
+from benchmarks import figures, intervals, points, style
+
+ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -35,8 +31,10 @@ def close(points, expected):
     np.testing.assert_allclose(points, expected, rtol=1e-5, atol=1e-9)
 
 
-def test_doctests():
-    done = doctest.testmod(figures, optionflags=doctest.ELLIPSIS)
+@pytest.mark.parametrize("name", ["figures", "intervals", "points", "tables", "timing"])
+def test_doctests(name):
+    done = doctest.testmod(importlib.import_module(f"benchmarks.{name}"),
+                           optionflags=doctest.ELLIPSIS)  # fmt: skip
     assert done.failed == 0 and done.attempted > 0
 
 
@@ -44,26 +42,26 @@ def test_doctests():
 @pytest.mark.parametrize("df, value", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262),
                                        (30, 2.042), (120, 1.980), (1000, 1.962)])  # fmt: skip
 def test_t975(df, value):
-    assert round(figures.t975(df), 3) == value
+    assert round(intervals.t975(df), 3) == value
 
 
 def test_t975_closed_forms():
     """df 1 is Cauchy; df 2 has t = (2p - 1) sqrt(2 / (4 p (1 - p)))."""
-    assert figures.t975(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-6)
-    assert figures.t975(2) == pytest.approx(0.95 * math.sqrt(2 / (4 * 0.975 * 0.025)), rel=1e-6)
+    assert intervals.t975(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-6)
+    assert intervals.t975(2) == pytest.approx(0.95 * math.sqrt(2 / (4 * 0.975 * 0.025)), rel=1e-6)
     with pytest.raises(ValueError, match="df must be at least 1, got 0"):
-        figures.t975(0)
+        intervals.t975(0)
 
 
 def test_statistics():
     """1, 2, 3, 4, 5: mean 3, s^2 = 10 / 4, half width 2.776 sqrt(2.5 / 5)."""
-    mean, half = figures.statistics_of([1, 2, 3, 4, 5])
+    mean, half = intervals.mean_and_half([1, 2, 3, 4, 5])
     assert mean == 3 and half == pytest.approx(2.776445 * math.sqrt(0.5), rel=1e-6)
-    assert figures.statistics_of([0.5, 0.5, 0.5]) == (0.5, 0)
-    mean, half = figures.statistics_of([0.7])
+    assert intervals.mean_and_half([0.5, 0.5, 0.5]) == (0.5, 0)
+    mean, half = intervals.mean_and_half([0.7])
     assert mean == 0.7 and math.isnan(half)
     with pytest.raises(ValueError, match="values"):
-        figures.statistics_of([])
+        intervals.mean_and_half([])
 
 
 def test_series():
@@ -76,17 +74,17 @@ def test_series():
         run(seed=0, moves=6, accuracy=[0.9, 1.0], steps=[0, 30]),
         run(seed=0, flags=["--lgr-gamma", "4", "--lgr-normalize", "mean"], accuracy=[0.0, 0.0]),
     ]
-    close(figures.series(runs, "horizon", "opd"), [(0, 0.2, 1.270620), (30, 0.7, 1.270620)])
-    close(figures.series(runs, "horizon", "opd", moves=6), [(0, 0.9, math.nan), (30, 1, math.nan)])
+    close(points.series(runs, "horizon", "opd"), [(0, 0.2, 1.270620), (30, 0.7, 1.270620)])
+    close(points.series(runs, "horizon", "opd", moves=6), [(0, 0.9, math.nan), (30, 1, math.nan)])
     swapped = ["--lgr-normalize", "mean", "--lgr-gamma", "4"]
-    assert [p[:2] for p in figures.series(runs, "horizon", "opd", swapped)] == [(0, 0), (10, 0)]
-    assert figures.series(runs, "varied", "opd") == []
+    assert [p[:2] for p in points.series(runs, "horizon", "opd", swapped)] == [(0, 0), (10, 0)]
+    assert points.series(runs, "varied", "opd") == []
 
 
 def test_difficulty_lines():
     runs = [run(moves=n, seed=s, accuracy=[1 / n, 1 - n / 20]) for n in (6, 2) for s in (0, 1)]
     runs += [run(moves=2, flags=["--lgr-tau", "1"]), run(moves=2, method="std")]
-    lines = figures.difficulty_lines(runs, "horizon", ["opd", "release"])
+    lines = points.difficulty_lines(runs, "horizon", ["opd", "release"])
     assert list(lines) == ["opd", "untrained"]
     close(lines["opd"], [(2, 0.9, 0), (6, 0.7, 0)])
     close(lines["untrained"], [(2, 0.5, 0), (6, 1 / 6, 0)])
@@ -104,7 +102,7 @@ def test_grade_lines():
         run("fork", "lgr", moves=6, accuracy=[0.1, 0.0], flags=["--lgr-gamma", "4"]),
         run("fork-mirror", "lgr", moves=2, accuracy=[0.1, 0.0]),
     ]
-    lines = figures.grade_lines(runs, named, wanted)
+    lines = points.grade_lines(runs, named, wanted)
     assert list(lines) == ["lgr", figures.LGR_MEAN, "untrained"]
     close(lines["lgr"], [(0.5, 0.6, math.nan), (1, 0.5, math.nan)])
     close(lines[figures.LGR_MEAN], [(0.1, 0.8, math.nan)])
@@ -119,11 +117,11 @@ def test_budget_points():
              run("varied", "prefix", tokens=60, accuracy=[0, 0.3], seed=1),
              run("varied", "opd", tokens=149, accuracy=[0, 0.1]),
              run("varied", "std", flags=["--budget", "own"])]  # fmt: skip
-    fixed, single = figures.budget_points(runs, "varied")
+    fixed, single = points.budget_points(runs, "varied")
     close(fixed, [(20, 0.05, 0), (100, 0.01, 0)])
     assert list(single) == ["opd", "prefix"]
     close([single["prefix"]], [(55, 0.3, 0)])
-    assert figures.budget_points(runs, "horizon") == ([], {})
+    assert points.budget_points(runs, "horizon") == ([], {})
 
 
 def test_sensitivity_values():
@@ -136,13 +134,13 @@ def test_sensitivity_values():
                 (0.8, ["--lgr-normalize", "mean", "--lgr-gamma", "4"]),
                 (0.5, ["--lgr-eps", "0.01"])]]  # fmt: skip
     runs += [run("fork", "lgr", flags=["--lgr-gamma", "3"], moves=2)]
-    found = figures.sensitivity_values(runs, "lgr-gamma")
+    found = points.sensitivity_values(runs, "lgr-gamma")
     assert list(found.items()) == [
         ("0.3", {0: 0.3, 1: 0.3}), ("1", {0: 0.6, 1: 0.6}), ("10", {0: 0.2, 1: 0.2})]  # fmt: skip
-    found = figures.sensitivity_values(runs, "lgr-normalize")
+    found = points.sensitivity_values(runs, "lgr-normalize")
     assert {value: seeds[0] for value, seeds in found.items()} == {
         "std": 0.6, "mean": 0.7, "mean\nγ = 4": 0.8, "std\nε = 0.01": 0.5}  # fmt: skip
-    assert figures.sensitivity_values([], "rescale") == {}
+    assert points.sensitivity_values([], "rescale") == {}
 
 
 @pytest.mark.parametrize("heights", [[0.0, 0.0, 0.0], [1, 0.99, 0.5, 0.98], [0.3], [0.2, 0.8]])
@@ -158,23 +156,24 @@ def test_spread(heights):
 
 def test_same_defaults_as_the_code():
     """The figures name defaults and difficulties; train.py and toy.py decide them."""
-    import toy
     from flags import FLAGS, METHODS
 
+    import toy
+
     defaults = {flag: default for flags in FLAGS.values() for flag, default, *_ in flags}
-    for flag, (world, method, default, _, numeric) in figures.SENSITIVITY.items():
+    for flag, (world, method, default, _, numeric) in points.SENSITIVITY.items():
         expected = defaults[f"--{flag}"]
         assert (float(default) == expected) if numeric else (default == expected)
         assert world in toy.WORLDS and method in METHODS
-    assert {name: figures.usual_moves(name) for name in toy.WORLDS} == {
+    assert {name: points.usual_moves(name) for name in toy.WORLDS} == {
         name: world.moves for name, world in toy.WORLDS.items()}  # fmt: skip
     assert set(figures.LOOKS) - {figures.LGR_MEAN, "untrained"} <= set(METHODS)
     horizons, forks = (named for _, _, named, _ in figures.GRADES)
     for name in toy.WORLDS:
         noise = toy.WORLDS[name].noise
-        if (grade := figures.grade_of(name, horizons)) is not None:
+        if (grade := points.grade_of(name, horizons)) is not None:
             assert grade == noise.get("corruption", 0)
-        if (grade := figures.grade_of(name, forks)) is not None:
+        if (grade := points.grade_of(name, forks)) is not None:
             assert grade == noise["wordings"]["thus"][0]
 
 
@@ -184,16 +183,16 @@ def everything(seeds=2):
     for s in range(seeds):
         wave = [0.2, 0.5 + 0.01 * s, 0.6 + 0.02 * s]
         for _, world, methods in figures.CURVES:
-            moves = figures.usual_moves(world)
+            moves = points.usual_moves(world)
             runs += [run(world, method, s, moves=moves, accuracy=wave) for method in methods]
         runs += [run(world, "opd", s, moves=4, accuracy=wave) for world in ("horizon", "fork")]
         runs += [run(world, "prefix", s, ["--prefix-tokens", "28"], accuracy=wave, tokens=28.0)
                  for world in ("horizon", "varied")]  # fmt: skip
         runs += [run("fork-0.1", "lgr", s, moves=6, accuracy=wave)]
         runs += [run("clean", "opd", s, accuracy=wave)]
-        for flag, (world, method, *_, numeric) in figures.SENSITIVITY.items():
+        for flag, (world, method, *_, numeric) in points.SENSITIVITY.items():
             value = "8" if numeric else "other"
-            runs.append(run(world, method, s, [f"--{flag}", value], figures.usual_moves(world)))
+            runs.append(run(world, method, s, [f"--{flag}", value], points.usual_moves(world)))
     return {"runs": runs}
 
 
@@ -276,4 +275,4 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     (tmp_path / "some.json").write_text('{"runs": []}')
     done = command("--results", tmp_path / "some.json", "--out", tmp_path,
                    env={"PYTHONPATH": str(tmp_path)})  # fmt: skip
-    assert done.returncode == 1 and done.stderr == figures.NEEDED + "\n" and not done.stdout
+    assert done.returncode == 1 and done.stderr == style.NEEDED + "\n" and not done.stdout
