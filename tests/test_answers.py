@@ -34,6 +34,7 @@ import answers
         ("x=-5", "-5"),
         ("costs $1,234,567.80!", "1,234,567.80"),
         ("a, 12,34", "34"),
+        ("1,2345", "2345"),
         ("about 6.02e23 of them", "6.02e23"),
         ("one half is 1/2", "1/2"),
         ("that is 3 / 4.", "3 / 4"),
@@ -108,6 +109,8 @@ EQUAL = [
     (r"\boxed{3}", "3"),
     ("0, 9, 14", "0,9,14"),
     ("x  y", "x y"),
+    (r"5~\text{cm}", "5 cm"),
+    (r"+\sqrt{2}", r"\sqrt{2}"),
 ]
 DIFFERENT = [
     ("1", "2"),
@@ -124,6 +127,7 @@ DIFFERENT = [
     ("1e999999999", "1e999999998"),
     ("", "1"),
     ("$", ""),
+    ("$", "."),
     ("(1,2)", "(2,1)"),
 ]
 
@@ -147,6 +151,7 @@ def test_different_answers(exact, one, other):
 def test_no_answer_is_never_right_and_references_may_be_numbers(exact):
     assert not answers.is_correct(None, "1") and not answers.is_correct("", "")
     assert answers.is_correct("2.0", 2) and answers.is_correct("0.5", 0.5)
+    assert not answers.is_correct("1", 10**5000)  # Python refuses to spell it
 
 
 def test_nothing_is_evaluated(exact):
@@ -211,6 +216,9 @@ def test_math_verify_is_asked_in_another_process_that_may_hang_or_die(stub):
     for text in ("raise", "die", "hang"):
         assert not answers.is_correct(text, "x" + text, timeout=0.5)
     assert answers.is_correct("Xyz", "xyZ")  # a new process after the dead one
+    answers._judges[0].kill()
+    answers._judges[0].wait()
+    assert not answers.is_correct("Pqr", "pqR") and answers.is_correct("Uvw", "uvW")
     assert answers.is_correct("q" * 900, "Q" * 900)
     assert not answers.is_correct("q" * 1100, "Q" * 1100)  # over the length cap
 
