@@ -12,8 +12,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import flags
-import preparing
+import nltk
 import pytest
 import torch
 from conftest import VOCABULARY, write_model
@@ -38,6 +37,8 @@ import harness
 import teachability
 import toy
 import toy.__main__
+import train
+from harness import flags
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -53,27 +54,39 @@ def test_a_number_lies_within_its_limits_or_is_refused(kind, low, high, text):
     assert type(value) is kind and low <= value <= high and value == kind(text)
 
 
-@prop("harness.Parser", "flags.parse", "flags.make_parser", "flags.check_combination", examples=150,
-      argv=st.lists(st.sampled_from(sorted(f for rows in flags.FLAGS.values() for f, *_ in rows))
+ROWS = sum((train.FLAGS | harness.MACHINE).values(), [])
+
+
+@prop("harness.Parser", "harness.parse", "harness.defaults", "harness.left_open", "harness.say",
+      "harness.check_processes", "harness.add_flags", examples=150,
+      argv=st.lists(st.sampled_from(sorted(flag for flag, *_ in ROWS))
                     | st.sampled_from(["0", "1", "-1", "2", "0.5", "nan", "1e99", "opd", "topk",
-                                       "x", "", "std", "on", "own", "release", "\0", "--"])
+                                       "x", "", "std", "on", "own", "release", "\0", "--", "toy"])
                     | st.text(max_size=3), max_size=5))
 def test_any_command_line_is_parsed_or_refused_in_one_line(argv):
-    """Parsed: every number finite, every choice one of those offered, no default left open."""
+    """Parsed: every number finite, every choice one of those offered, every value's origin known,
+    and what is said of it names every flag that was given."""
     assume(not any(a.startswith(("-h", "--h")) for a in argv))
-    said = io.StringIO()
+    tables, said = (train.FLAGS, train.METHODS, train.PRESETS), io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            _, args = flags.parse(["--device", "cpu", *argv])
+            argv = ["--device", "cpu", *argv]
+            _, args, origins = flags.parse("train.py", *tables, argv)
+            flags.say("train.py", args, origins)
     except SystemExit as error:
         assert error.code == 2 and said.getvalue().count("\n") == 1
         assert said.getvalue().startswith("train.py: error: ")
         return
-    values = vars(args)
+    values, given = vars(args), {a.split("=")[0] for a in argv if a.startswith("--") and a != "--"}
+    assert set(origins) == set(values)
     assert all(math.isfinite(v) for v in values.values() if isinstance(v, (int, float)))
-    for flag, default, _, how in sum(flags.FLAGS.values(), []):
-        value = values[flag[2:].replace("-", "_")]
-        assert value in how.get("choices", [value]) and (value is not None or default is None)
+    for flag, default, check, _ in ROWS:
+        name = flag[2:].replace("-", "_")
+        if isinstance(check, list) and check and values[name] is not None:
+            assert values[name] in check
+        assert origins[name] != "default" or values[name] == default
+        if flag in given and values[name] is not None:
+            assert origins[name] == "command line" and flag[2:] in said.getvalue()
 
 
 @prop("harness.path_name", "harness.complain", "harness.check_creatable", examples=100,
@@ -267,7 +280,7 @@ def test_a_head_is_a_matrix_or_refused(family, seed, bias, prompt):
         harness.check_head("--student", model, prompt)
 
 # --------------------------------------------- what diagnose.py shares with the other commands
-@prop("preparing.check_prompts", examples=120, vocab=st.integers(1, 9), limit=st.integers(1, 9),
+@prop("harness.check_prompts", examples=120, vocab=st.integers(1, 9), limit=st.integers(1, 9),
       prompts=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), max_size=4),
       contexts=st.lists(st.integers(4, 18), max_size=2))
 def test_prompts_fit_all_models_or_the_first_that_does_not_is_named(
@@ -285,11 +298,11 @@ def test_prompts_fit_all_models_or_the_first_that_does_not_is_named(
             if len(prompt) + limit > context]  # fmt: skip
     before = repr(arguments)
     if not strange and not long:
-        assert preparing.check_prompts(**arguments) is None
+        assert harness.check_prompts(**arguments) is None
     else:
         first = (strange or long)[0]
         with pytest.raises(ValueError, match=f"^f:{first}: ") as error:
-            preparing.check_prompts(**arguments)
+            harness.check_prompts(**arguments)
         assert ("--student and --teacher share" in str(error.value)) == bool(strange)
     assert repr(arguments) == before
 
@@ -305,7 +318,7 @@ def foreign():
 models = st.none() | st.sampled_from([*TOYS.values(), "not/there", "foreign"])
 
 
-@prop("preparing.open_pair", examples=25, student=models, teacher=models,
+@prop("harness.open_pair", examples=25, student=models, teacher=models,
       world=st.sampled_from(toy.SHIPPED))
 def test_a_pair_shares_a_vocabulary_or_is_refused(student, teacher, world):
     given = [foreign().name if x == "foreign" else x for x in (student, teacher)]
@@ -313,9 +326,9 @@ def test_a_pair_shares_a_vocabulary_or_is_refused(student, teacher, world):
     before, bad = repr(args), {"not/there"} & {student, teacher}
     if bad or (student == "foreign") != (teacher == "foreign"):
         with pytest.raises(ValueError, match="not/there" if bad else "^--teacher has another"):
-            preparing.open_pair(args)
+            harness.open_pair(args)
         return
-    tokenizers, configs, vocab_size = preparing.open_pair(args)
+    tokenizers, configs, vocab_size = harness.open_pair(args)
     assert repr(args) == before
     assert list(tokenizers) == list(configs) == ["--student", "--teacher"]
     assert vocab_size <= min(config.vocab_size for config in configs.values())
@@ -323,20 +336,31 @@ def test_a_pair_shares_a_vocabulary_or_is_refused(student, teacher, world):
     assert names[0] == names[1]
 
 
-@prop("preparing.open_splitter", "harness.surroundings", examples=12, git=st.booleans(),
-      kind=st.sampled_from(["auto", "pretrained", "untrained", "other"]))
-def test_a_machine_without_git_or_data_is_described_and_refused_what_it_lacks(git, kind):
-    args = SimpleNamespace(splitter=kind)
+def fails(error):
+    """A function that raises this error, if any."""
+
+    def function(*args, **kwargs):
+        if error is not None:
+            raise error
+
+    return function
+
+
+@prop("harness.open_splitter", "harness.surroundings", "harness.download_punkt", examples=20,
+      git=st.booleans(), kind=st.sampled_from(["auto", "pretrained", "untrained", "other"]),
+      error=st.sampled_from([None, OSError("no network"), KeyError("x"), ValueError("bad zip")]))
+def test_a_machine_without_git_or_data_is_described_and_refused_what_it_lacks(git, kind, error):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teachability, "_pretrained_punkt", lambda: None)
-        patch.setattr(teachability, "_download_punkt", lambda: None)
+        patch.setattr(teachability, "PunktTokenizer", fails(LookupError("no data")))
+        patch.setattr(nltk, "download", fails(error))
+        assert harness.download_punkt(seconds=5) is None
         if kind in ("auto", "untrained"):
-            found, name = preparing.open_splitter(args)
+            found, name = harness.open_splitter(kind)
             assert name == "untrained-punkt"
             assert list(found.span_tokenize("It is. So")) == [(0, 6), (7, 9)]
         else:
             with pytest.raises(ValueError, match="^--splitter p" if kind != "other" else "kind"):
-                preparing.open_splitter(args)
+                harness.open_splitter(kind)
         if not git:
             patch.setenv("PATH", "")
         facts = strict(harness.surroundings("cpu"))
@@ -385,69 +409,44 @@ def test_a_new_file_is_written_whole_and_once(name, text):
 
 @st.composite
 def flag_rows(draw):
-    """Rows as FLAGS has them."""
-    numbers = st.tuples(st.just({}) | st.just({"low": 1}) | st.just({"low": 2, "high": 9}))
+    """Rows of a table of flags."""
+    limits = st.sampled_from([(0, harness.BIG), (1, harness.BIG), (2, 9)])
     rows = []
     for k in range(draw(st.integers(1, 4))):
-        default, options = draw(st.one_of(
-            st.tuples(st.just(False), st.just({})),
-            st.tuples(st.integers(2, 9) | st.tuples(st.integers(2, 9), st.integers(2, 9)),
-                      numbers.map(lambda x: x[0])),
-            st.tuples(st.sampled_from([2.5, 9.0, (2.5, 3.5)]), numbers.map(lambda x: x[0])),
-            st.tuples(st.sampled_from([None, "b", ("a", "b")]), st.just({"choices": ["a", "b"]})),
-            st.tuples(st.sampled_from([None, "folder"]), st.just({"metavar": "FOLDER"})),
+        default, check = draw(st.one_of(
+            st.tuples(st.just(False), st.none()),
+            st.tuples(st.integers(2, 9) | st.sampled_from([2.5, 9.0]), limits),
+            st.tuples(st.none(), st.just((1, 9))),
+            st.tuples(st.sampled_from([None, "b"]), st.just(["a", "b"])),
+            st.tuples(st.sampled_from([None, "folder"]), st.none()),
         ))  # fmt: skip
-        rows.append((f"--flag-{k}", default, "text", options))
+        rows.append((f"--flag-{k}", default, check, "text"))
     return rows
 
 
-@prop("flags.add_flags", examples=120, rows=flag_rows())
-def test_added_flags_have_their_defaults_and_limits(rows):
+@prop("harness.add_flags", "harness.defaults", examples=120, rows=flag_rows())
+def test_added_flags_keep_their_limits_and_leave_no_trace_if_not_given(rows):
     before, parser = repr(rows), harness.Parser(prog="x.py", allow_abbrev=False)
     flags.add_flags(parser, rows)
     assert repr(rows) == before and all(flag in parser.format_help() for flag, *_ in rows)
-    nothing = vars(parser.parse_args([]))
-    for flag, default, _, options in rows:
+    assert vars(parser.parse_args([])) == {}
+    assert list(flags.defaults(rows).values()) == [default for _, default, *_ in rows]
+    for flag, default, check, _ in rows:
         name = flag[2:].replace("-", "_")
-        both = isinstance(default, tuple)
-        assert nothing[name] == (None if both else default)
-        real = default[1] if both else default
-        low, high = options.get("low", 0), options.get("high", harness.BIG)
-        if real is False:
+        kind = type(default) if default is not None else str
+        if default is False:
             good, bad = [[]], [["x"]]
-        elif isinstance(real, int | float):
-            good = [[str(real)], [str(low)], [str(type(real)(high))]]
+        elif isinstance(check, tuple):
+            kind = int if default is None else kind
+            low, high = check
+            good = [[str(low)], [str(kind(high))]]
             bad = [[str(low - 1)], [f"{high * 2:.0f}"], ["nan"], ["x"], []]
-        elif "choices" in options:
+        elif check:
             good, bad = [["a"], ["b"]], [["c"], [""], []]
         else:
             good, bad = [["x y"]], [["\0"], [""], []]
         for words in good:
             value = vars(parser.parse_args([flag, *words]))[name]
-            assert type(value) is (type(real) if real is not None else str)
-            assert not words or value == type(value)(words[0])
+            assert type(value) is kind and (not words or value == kind(words[0]))
         for words in bad:
             assert parsed(lambda argv: parser.parse_args(argv[2:]), "x.py", [flag, *words]) is None
-
-
-@prop("flags.fill_in", examples=60, data=st.data(), world=st.sampled_from(toy.SHIPPED),
-      student=st.sampled_from([None, "mine"]), problems=st.sampled_from([None, "p.jsonl"]))
-def test_what_is_filled_in_depends_on_the_student_and_overrides_nothing(
-    data, world, student, problems
-):
-    parser, rows = flags.make_parser(), sum(flags.FLAGS.values(), [])
-    both = {flag[2:].replace("-", "_"): x for flag, x, *_ in rows if isinstance(x, tuple)}
-    given = {name: x[1] for name, x in both.items() if data.draw(st.booleans())}
-    given |= data.draw(st.sampled_from([{}, {"difficulty": 2}, {"max_new_tokens": 5}]))
-    absent = data.draw(st.sampled_from([None, *both]))  # as of a command with fewer flags
-    args = parser.parse_args(["--device", "cpu", "--toy", world])
-    vars(args).update(given | {"student": student, "problems": problems})
-    vars(args).pop(absent, None)
-    before = dict(vars(args))
-    assert flags.fill_in(parser, args) is None
-    after = vars(args)
-    assert set(after) == set(before)
-    assert all(v == after[name] for name, v in before.items() if v is not None)
-    for name in set(both) - {absent}:
-        assert after[name] == given.get(name, both[name][student is not None])
-    assert after["difficulty"] and after["max_new_tokens"] and after["dtype"] == "float32"
