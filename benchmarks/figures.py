@@ -3,6 +3,7 @@
     python benchmarks/figures.py                               results/*.png
     python benchmarks/figures.py --results FILE --out FOLDER   from and to somewhere else
 
+    first.png                the README's two panels
     curves.png               accuracy against training steps, a panel per world
     difficulty.png           accuracy at the end against the number of moves in the problem
     budget.png               accuracy at the end against the supervised tokens of a rollout
@@ -65,6 +66,10 @@ CURVES = [  # title, world, methods
     ("horizon: objectives", "horizon", ["opd", "release", "rkl", "fkl", "jsd"]),
     ("fork", "fork", LOOKAHEAD),
     ("fork-mirror", "fork-mirror", LOOKAHEAD),
+]
+FIRST = [  # of the README: title, world, methods
+    ("the teacher gets lost on its way", "varied", ["opd", "prefix", "release"]),
+    ("after one wording it gets lost", "fork", ["opd", "lgr"]),
 ]
 DIFFICULTY = [("horizon", ["opd", "release"]), ("fork", ["opd", "lgr"])]
 TEACHERS_HORIZON = 6  # moves that the teacher of `horizon` knows
@@ -199,6 +204,20 @@ def curves_figure(runs):
     return figure
 
 
+def first_figure(runs):
+    """The README's: where the release rule helps, and where lookahead does."""
+    found = [(f"{world}: {title}", {m: series(runs, world, m) for m in methods})
+             for title, world, methods in FIRST]  # fmt: skip
+    if not all(points for _, lines in found for points in lines.values()):
+        return None
+    figure, grid = panels(2, 2, 4.0, 2.7, BANDS)
+    for axes, (title, lines) in zip(grid, found, strict=True):
+        draw_lines(axes, lines, bars=False, gap=0.085)
+        axes.set_title(title)
+        axes.set_xlabel("training steps")
+    return figure
+
+
 def difficulty_figure(runs):
     """Accuracy at the end against the number of moves, within and beyond the teacher's horizon."""
     found = [(world, difficulty_lines(runs, world, methods)) for world, methods in DIFFICULTY]
@@ -302,6 +321,7 @@ def sensitivity_figure(runs, flag: str):
 
 
 FIGURES = {
+    "first": first_figure,
     "curves": curves_figure,
     "difficulty": difficulty_figure,
     "budget": budget_figure,
