@@ -9,7 +9,6 @@ import fast.head
 import torch
 
 import logprobs
-import rollout
 import teachability
 import toy
 from harness.data import (
@@ -155,7 +154,7 @@ def load_models(run, device) -> None:
     run.stop_ids = stop_ids(run.model, run.teacher, run.tokenizer)
     if args.gradient_checkpointing:
         run.model.gradient_checkpointing_enable({"use_reentrant": False})
-    run.decode = fast.decode.decode if args.fast == "on" else rollout.decode
+    run.decode = fast.decode.decode if args.fast == "on" else None
     head_VE = run.teacher.get_output_embeddings().weight
     run.student = StudentLogProbs(run.model, args, run.vocab_size, head_VE)
     parameters = [p for p in run.student.parameters() if p.requires_grad]
