@@ -60,6 +60,15 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
     assert 0.89 < hits / 300 < 0.98
 
 
+@pytest.mark.parametrize("P, draws", [(7, [30]), (400_000, [2, 1])])
+def test_bootstrap_takes_quantiles_of_so_many_means(P, draws):
+    """Also where the indices of all resamples would not fit into memory at once."""
+    rng, values_P = np.random.default_rng(5), np.arange(P) ** 2 / P
+    means = [values_P[rng.integers(P, size=(R, P))].mean(axis=1) for R in draws]
+    interval = evaluate.bootstrap_interval(values_P, level=0.8, resamples=sum(draws), seed=5)
+    assert interval == tuple(np.quantile(np.concatenate(means), [(1 - 0.8) / 2, (1 + 0.8) / 2]))
+
+
 def test_bootstrap_edges():
     assert evaluate.bootstrap_interval([0.25]) == (0.25, 0.25)
     values_P = np.linspace(0, 1, 50)
