@@ -33,9 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import compare  # noqa: E402
 import figures  # noqa: E402
 
-import curves  # noqa: E402
-import report  # noqa: E402
 import toy  # noqa: E402
+from diagnose import curves, report  # noqa: E402
 
 SEEN = ["horizon", "clean", "varied", "confident", "off-by-one", "fork", "fork-mirror"]
 CASES = [(world, toy.world(world).moves) for world in [
@@ -56,7 +55,7 @@ def diagnose(world: str, moves: int, seed: int, place: Path, others=()) -> dict:
     """The report of one run of the command; not run again if it is there."""
     out = place / f"{world}-n{moves}-seed{seed}{'-after' if others else ''}"
     if not (out / "report.md").exists():
-        command = [sys.executable, str(ROOT / "diagnose.py"), "--toy", world, "--out", str(out),
+        command = [sys.executable, "-m", "diagnose", "--toy", world, "--out", str(out),
                    "--difficulty", str(moves), "--seed", str(seed), "--completions", "0",
                    "--no-figures"]  # fmt: skip
         command += ["--compare", *map(str, others)] if others else []

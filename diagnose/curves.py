@@ -1,30 +1,29 @@
-"""What a quantity does along the responses: means with standard errors, and where it falls.
+"""A quantity along the responses: means with standard errors, and the logistic of its fall.
 
-Paper: "Your Teacher Can't Help You Here", arXiv 2605.30833, the section on supervision fidelity,
-which fits a four-parameter logistic to the mean fidelity of the teacher as a function of the
-position in the student's response:
+The logistic is that of "Your Teacher Can't Help You Here" (arXiv 2605.30833, the section on
+supervision fidelity), there fitted to the teacher's mean fidelity by position in the response:
 
     F(t) = A / (1 + exp(eps (t - t*))) + b
 
     paper   here       meaning
-    A       drop       how far it falls altogether
-    eps     slope      how suddenly, per token (the paper gives it per 1000 tokens)
-    t*      midpoint   where it has fallen half of the way, tokens
+    A       drop       how far it falls in all
+    eps     slope      how steeply, per token (the paper: per 1000 tokens)
+    t*      midpoint   where half of the fall is done, tokens
     b       floor      what is left
 
-Tokens of one response, and responses to one problem, are alike; so errors are those of sums over
-*problems*, which are the independent draws: linearised for a mean (a ratio of two sums), by the
-bootstrap over problems for everything else.
+Tokens of one response resemble each other, and so do responses to one problem. Problems are the
+independent draws, so all errors are over problems: linearised for a mean (a ratio of two sums), by
+the bootstrap for everything else.
 
 Decisions where the paper is silent:
-1. The fit is least squares on means of bins, weighted by their tokens, over bins in which at least
-   a tenth of the responses still runs. R^2 is that of the same means and weights.
-2. Given t* and eps the other two are linear, so these are solved for, and the first two searched:
-   on a grid over the range that was seen, and around its best point on ever finer ones. No start
-   values, no divergence. A is at least 0, t* inside the range; eps lies between 2 / range (nearly a
-   straight line) and STEEPEST / width of a bin (a step).
-3. Nothing within a bin can be told apart, so the interval of t* is that of the bootstrap, and half
-   a bin more on either side.
+1. The fit is least squares on the means of bins, weighted by their tokens, over the bins that at
+   least a tenth of the responses reaches. R^2 is that of the same means and weights.
+2. Given t* and eps the other two parameters are linear and are solved for. t* and eps are searched:
+   on a grid over the range of the data, then around the best point in ever smaller steps, so there
+   are no start values and nothing diverges. A >= 0, t* lies in that range, eps between 2 / range
+   (nearly a straight line) and STEEPEST / width of a bin (a step).
+3. Positions within a bin cannot be told apart, so the interval of t* is that of the bootstrap and
+   half a bin more on either side.
 
 Needs numpy only.  Letters: N observations, B responses, P problems, X bins, R resamples, G points
 of a grid.
@@ -37,36 +36,27 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL = 0.95  # of every interval
-MOST_BINS = 24  # of a curve, unless told
-RUNNING = 0.1  # a bin counts for the fit if so large a share of the responses reaches it
-FALL = 0.05  # a fall of a probability that is worth the name
-STEEPEST = 8.0  # slope times the width of a bin; what is steeper is a step like any other
-LARGEST = 1e100  # squares of larger numbers might overflow
-EXPLAINED = 0.5  # R^2 from which on a logistic is taken for a description of the curve
+MOST_BINS = 24  # of a curve, unless a width is given
+RUNNING = 0.1  # a bin counts for the fit if this share of the responses reaches it
+FALL = 0.05  # the smallest fall of a probability that counts as one
+STEEPEST = 8.0  # largest slope times the width of a bin; steeper falls look like steps anyway
+EXPLAINED = 0.5  # the smallest R^2 at which the logistic counts as a description of the curve
 
 
 # ---------------------------------------------------------------------------- means with errors
 @dataclass
 class Curve:
-    """Means of a quantity in bins of positions.
+    """Means of a quantity in bins of positions."""
 
-    edges_X1     bin x holds positions edges[x] <= t < edges[x + 1]
-    mean_X       sum of the quantity over sum of its denominator; nan in an empty bin
-    se_X         standard error over problems; nan where fewer than two problems have observations
-    low_X, high_X   quartiles of the observations, where they were asked for, else nan
-    count_X, responses_X, problems_X   observations, and how many responses and problems they are of
-    sum_PX, weight_PX   numerator and denominator by problem, from which bootstraps are made
-    """
-
-    edges_X1: np.ndarray
-    mean_X: np.ndarray
-    se_X: np.ndarray
-    low_X: np.ndarray
+    edges_X1: np.ndarray  # bin x holds positions edges[x] <= t < edges[x + 1]
+    mean_X: np.ndarray  # sum of the quantity over sum of its denominator; nan in an empty bin
+    se_X: np.ndarray  # over problems; nan where fewer than two problems have observations
+    low_X: np.ndarray  # quartiles of the observations; nan where they were not asked for
     high_X: np.ndarray
-    count_X: np.ndarray
+    count_X: np.ndarray  # numbers of observations, of their responses, of their problems
     responses_X: np.ndarray
     problems_X: np.ndarray
-    sum_PX: np.ndarray
+    sum_PX: np.ndarray  # numerator and denominator by problem, from which bootstraps are made
     weight_PX: np.ndarray
 
     def centre_X(self) -> np.ndarray:
@@ -74,7 +64,7 @@ class Curve:
         return (self.edges_X1[:-1] + self.edges_X1[1:] - 1) / 2
 
     def record(self) -> dict:
-        """Plain data for JSON, rounded to 6 digits; None for what is undefined."""
+        """Plain data for JSON, 6 significant digits; None for what is undefined."""
         return {
             "from": self.edges_X1[:-1].tolist(), "to": self.edges_X1[1:].tolist(),
             "mean": plain(self.mean_X), "se": plain(self.se_X),
@@ -85,7 +75,7 @@ class Curve:
 
 
 def plain(value):
-    """A number or array as JSON can say it: 6 significant digits, None for what is not finite.
+    """A number or array for JSON: 6 significant digits, None for what is not finite.
 
     >>> plain(np.array([1 / 3, np.nan])), plain(2.0)
     ([0.333333, None], 2.0)
@@ -98,27 +88,19 @@ def plain(value):
 def bins(
     length: int, most: int = MOST_BINS, *, width: int | None = None, first: int = 0
 ) -> np.ndarray:
-    """Edges of bins of equal whole width that hold positions 0..length-1: of that width, or as
-    narrow as at most `most` of them allow. `first`: positions before it are a bin of their own.
-    Raises ValueError unless all are whole numbers of at least 1, `first` of at least 0.
+    """Edges of bins of one whole width that hold positions 0..length-1: of width `width`, or as
+    narrow as at most `most` bins allow. Positions before `first` are a bin of their own. Raises
+    ValueError for a length or width below 1, or a negative `first`.
 
     >>> bins(10, 4), bins(10, width=5), bins(10, width=5, first=2)
     (array([ 0,  3,  6,  9, 12]), array([ 0,  5, 10]), array([ 0,  2,  7, 12]))
     """
-    _check_whole("first", first, 0)
-    given = {"length": length, "most": most} | ({} if width is None else {"width": width})
-    for name, value in given.items():
-        _check_whole(name, value, 1)
-    length, most = int(length), int(most)  # of unsigned ones there is no minus
-    first = min(int(first), length - 1)
-    width = -(-(length - first) // most) if width is None else int(width)
+    length, first = int(length), min(int(first), int(length) - 1)
+    width = -(-(length - first) // int(most)) if width is None else int(width)
+    if width < 1 or first < 0:
+        raise ValueError(f"need width >= 1, first >= 0, got {length=}, {width=}, {first=}")
     edges = first + np.arange(0, -(-(length - first) // width) + 1) * width
     return np.concatenate([[0], edges]) if first else edges
-
-
-def _check_whole(name: str, value, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
 
 
 def curve(
@@ -126,75 +108,48 @@ def curve(
 ) -> Curve:
     """Mean of a quantity in every bin: sum of values over sum of denominators.
 
-    value_N: finite numbers. position_N: where in its response each was observed, from 0 on.
-    row_N: the response that each belongs to. problem_B: the problem of every response; both count
-        from 0.
-    edges_X1: from `bins`; what lies outside is left out.
+    value_N: the observations. position_N: where in its response each was made, from 0 on.
+    row_N: the response of each. problem_B: the problem of every response. Both count from 0.
+    edges_X1: from `bins`; observations outside are left out.
     denominator_N: numbers >= 0; default 1, which makes it a mean of observations. A problem counts
-        for the error if it has any, for problems_X if it has observations.
-    Raises ValueError for shapes or numbers that do not fit.
+        for the error if it has any weight, for problems_X if it has observations.
+    Raises ValueError for edges that do not grow, negative problems or denominators.
 
-    >>> found = curve([1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1], [0, 1], bins(2))
-    >>> found.mean_X.tolist(), found.se_X.tolist()
+    >>> c = curve([1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1], [0, 1], bins(2))
+    >>> c.mean_X.tolist(), c.se_X.tolist()
     ([0.5, 0.5], [0.5, 0.5])
     """
-    value_N, weight_N, position_N, row_N, problem_B, edges_X1 = _check(
-        value_N, denominator_N, position_N, row_N, problem_B, edges_X1
-    )
+    value_N, position_N = np.asarray(value_N, dtype=np.float64), np.asarray(position_N)
+    edges_X1 = np.asarray(edges_X1)
+    row_N, problem_B = (np.asarray(z) if len(z) else np.zeros(0, int) for z in (row_N, problem_B))
+    weight_N = np.ones(len(value_N)) if denominator_N is None else np.asarray(denominator_N)
+    if not (np.diff(edges_X1) > 0).all():
+        raise ValueError(f"edges_X1 must grow, got {edges_X1!r:.200}")
+    if not ((weight_N >= 0) & (weight_N < math.inf)).all():
+        raise ValueError(f"denominator_N must be finite and >= 0, got {weight_N!r:.200}")
+    if problem_B.ndim != 1 or (problem_B < 0).any():
+        raise ValueError(f"problem_B must be 1-D and >= 0, got {problem_B!r:.200}")
     X, B = len(edges_X1) - 1, len(problem_B)
     bin_N = np.searchsorted(edges_X1, position_N, side="right") - 1
     inside_N = (bin_N >= 0) & (bin_N < X)
-    value_N, weight_N = value_N[inside_N], weight_N[inside_N]
-    bin_N, row_N = bin_N[inside_N], row_N[inside_N]
-    sum_BX, weight_BX, count_BX = (
-        np.bincount(row_N * X + bin_N, of_N, B * X).reshape(B, X)
-        for of_N in (value_N, weight_N, None)
-    )
+    value_N, weight_N, bin_N, row_N = (z[inside_N] for z in (value_N, weight_N, bin_N, row_N))
     P = int(problem_B.max()) + 1 if B else 0
     sum_PX, weight_PX, count_PX = np.zeros((P, X)), np.zeros((P, X)), np.zeros((P, X), int)
-    for of_PX, of_BX in ((sum_PX, sum_BX), (weight_PX, weight_BX), (count_PX, count_BX)):
+    for of_PX, of_N in ((sum_PX, value_N), (weight_PX, weight_N), (count_PX, None)):
+        of_BX = np.bincount(row_N * X + bin_N, of_N, B * X).reshape(B, X)
         np.add.at(of_PX, problem_B, of_BX)
     mean_X, se_X = _ratio(sum_PX, weight_PX)
     low_X, high_X = np.full(X, math.nan), np.full(X, math.nan)
     if quartiles:
-        order_N = np.argsort(bin_N, kind="stable")
-        ends = np.cumsum(np.bincount(bin_N, minlength=X))
-        for x, part in enumerate(np.split(value_N[order_N], ends[:-1])):
+        ends_X = np.cumsum(np.bincount(bin_N, minlength=X))
+        by_bin_N = value_N[np.argsort(bin_N, kind="stable")]
+        for x, part in enumerate(np.split(by_bin_N, ends_X[:-1])):
             if part.size:
                 low_X[x], high_X[x] = np.quantile(part, [0.25, 0.75])
     return Curve(
-        edges_X1, mean_X, se_X, low_X, high_X, count_PX.sum(axis=0), (count_BX > 0).sum(axis=0),
+        edges_X1, mean_X, se_X, low_X, high_X, count_PX.sum(axis=0), (of_BX > 0).sum(axis=0),
         (count_PX > 0).sum(axis=0), sum_PX, weight_PX,
     )  # fmt: skip
-
-
-def _check(value_N, denominator_N, position_N, row_N, problem_B, edges_X1):
-    """The arguments of `curve` as arrays; ValueError for what does not fit together."""
-    value_N = np.asarray(value_N, dtype=np.float64)
-    weight_N = np.ones_like(value_N) if denominator_N is None else denominator_N
-    weight_N = np.asarray(weight_N, dtype=np.float64)
-    position_N, row_N, problem_B, edges_X1 = map(
-        np.asarray, (position_N, row_N, problem_B, edges_X1)
-    )
-    shapes = [x.shape for x in (value_N, weight_N, position_N, row_N)]
-    if value_N.ndim != 1 or len(set(shapes)) != 1:
-        raise ValueError(
-            f"value_N, denominator_N, position_N, row_N must be 1-D of one length, not {shapes}"
-        )
-    for name, x in (("row_N", row_N), ("problem_B", problem_B)):
-        whole = x.ndim == 1 and (x.size == 0 or np.issubdtype(x.dtype, np.integer))
-        if not whole or (x.size and x.min() < 0):
-            raise ValueError(f"{name} must be 1-D whole numbers >= 0, got {x!r:.200}")
-    if row_N.size and row_N.max() >= len(problem_B):
-        raise ValueError(f"row_N holds {row_N.max()}, but problem_B has {len(problem_B)} responses")
-    for name, x in (("value_N", value_N), ("position_N", position_N), ("edges_X1", edges_X1)):
-        if x.size and not (np.issubdtype(x.dtype, np.number) and np.isfinite(x).all()):
-            raise ValueError(f"{name} must be finite numbers")
-    if edges_X1.ndim != 1 or len(edges_X1) < 2 or not (np.diff(edges_X1) > 0).all():
-        raise ValueError(f"edges_X1 must be at least two growing numbers, got {edges_X1!r:.200}")
-    if not (np.isfinite(weight_N).all() and (weight_N >= 0).all()):
-        raise ValueError("denominator_N must be finite and >= 0")
-    return value_N, weight_N, position_N, row_N.astype(int), problem_B.astype(int), edges_X1
 
 
 def _ratio(sum_PX, weight_PX):
@@ -209,36 +164,28 @@ def _ratio(sum_PX, weight_PX):
 
 
 def mean(value_B, problem_B, *, denominator_B=None) -> dict:
-    """{"mean", "se", "count", "problems"} of one number per response, as `curve` has it for a bin;
-    responses whose number is nan are left out.
+    """{"mean", "se", "count", "problems"} of one number per response, as in one bin of `curve`.
+    Responses whose number is nan are left out. Raises ValueError for lengths that differ.
 
     >>> mean([1.0, 0.0, np.nan], [0, 1, 1])
     {'mean': 0.5, 'se': 0.5, 'count': 2, 'problems': 2}
     """
-    value_B, problem_B = np.asarray(value_B, dtype=np.float64), np.asarray(problem_B)
-    shapes = [np.shape(z) for z in (value_B, problem_B, denominator_B) if z is not None]
-    if value_B.ndim != 1 or len(set(shapes)) != 1:
-        raise ValueError(f"value_B, problem_B, denominator_B must be 1-D of one length: {shapes}")
-    there_B = ~np.isnan(value_B)
-    if denominator_B is not None:
-        denominator_B = np.asarray(denominator_B)[there_B]
-    row_B = np.flatnonzero(there_B)
-    found = curve(
-        value_B[there_B], np.zeros(len(row_B), int), row_B, problem_B, [0, 1],
-        denominator_N=denominator_B,
-    )  # fmt: skip
-    return {"mean": plain(found.mean_X[0]), "se": plain(found.se_X[0]),
-            "count": int(found.count_X[0]), "problems": int(found.problems_X[0])}  # fmt: skip
+    value_B = np.asarray(value_B, dtype=np.float64)
+    if len(value_B) != len(problem_B):
+        raise ValueError(f"value_B and problem_B have lengths {len(value_B)} and {len(problem_B)}")
+    known_B = ~np.isnan(value_B)
+    row_N = np.flatnonzero(known_B)
+    weight_N = None if denominator_B is None else np.asarray(denominator_B)[known_B]
+    one = curve(
+        value_B[row_N], np.zeros(len(row_N)), row_N, problem_B, [0, 1], denominator_N=weight_N
+    )
+    return {"mean": plain(one.mean_X[0]), "se": plain(one.se_X[0]),
+            "count": int(one.count_X[0]), "problems": int(one.problems_X[0])}  # fmt: skip
 
 
 def resample(problems: int, resamples: int = 400, seed: int = 0) -> np.ndarray:
-    """How often every problem is drawn in every resample, [R, P]: the same for the same arguments,
-    so that two students on the same problems are compared on the same resamples. Raises ValueError
-    unless both are whole numbers of at least 1, and the seed one of at least 0."""
-    for name, value, low in (
-        ("problems", problems, 1), ("resamples", resamples, 1), ("seed", seed, 0)
-    ):  # fmt: skip
-        _check_whole(name, value, low)
+    """How often every problem is drawn in every resample, int64 [R, P]. The same for the same
+    arguments, so two students on the same problems are compared on the same resamples."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(problems, np.full(problems, 1 / problems), size=resamples)
 
@@ -254,24 +201,16 @@ def interval(draws_R) -> list:
 
 def regression(x_N, y_N, problem_N, **resampling) -> dict:
     """Pearson's r of x and y and the slope of y on x, least squares, with bootstrap intervals over
-    problems: {"r", "r_interval", "slope", "slope_interval", "count", "problems"}; None where x or y
-    do not vary. Raises ValueError for shapes that differ or numbers that are not finite, or too
-    large to square.
+    problems (arguments of `resample`): {"r", "r_interval", "slope", "slope_interval", "count",
+    "problems"}. None where x or y do not vary.
 
-    >>> found = regression([0.0, 1.0, 2.0, 3.0], [1.0, 3.0, 5.0, 7.0], [0, 0, 1, 1])
-    >>> found["r"], found["slope"]
+    >>> line = regression([0.0, 1.0, 2.0, 3.0], [1.0, 3.0, 5.0, 7.0], [0, 0, 1, 1])
+    >>> line["r"], line["slope"]
     (1.0, 2.0)
     """
     x_N, y_N = (np.asarray(z, dtype=np.float64) for z in (x_N, y_N))
-    problem_N = np.asarray(problem_N)
-    if x_N.ndim != 1 or not x_N.shape == y_N.shape == problem_N.shape:
-        shapes = x_N.shape, y_N.shape, problem_N.shape
-        raise ValueError(f"x_N, y_N and problem_N must be 1-D and of one length, not {shapes}")
-    for name, z in (("x_N", x_N), ("y_N", y_N)):
-        if not (np.abs(z) < LARGEST).all():  # nor nan
-            raise ValueError(f"{name} must be finite, and smaller than {LARGEST}")
-    names = "r", "r_interval", "slope", "slope_interval"
     if not len(x_N):
+        names = "r", "r_interval", "slope", "slope_interval"
         return dict.fromkeys(names) | {"count": 0, "problems": 0}
     _, problem_N = np.unique(problem_N, return_inverse=True)
     P = int(problem_N.max()) + 1
@@ -295,16 +234,13 @@ def regression(x_N, y_N, problem_N, **resampling) -> dict:
 # ---------------------------------------------------------------------------------- the logistic
 @dataclass
 class Logistic:
-    """F(t) = drop / (1 + exp(slope (t - midpoint))) + floor, and how well it fits.
-
-    r2   1 - weighted squares left over weighted squares around the mean; 0 for a constant series
-    """
+    """F(t) = drop / (1 + exp(slope (t - midpoint))) + floor, and how well it fits."""
 
     drop: float
     slope: float
     midpoint: float
     floor: float
-    r2: float = math.nan
+    r2: float = math.nan  # 1 - weighted squares left / around the mean; 0 for a constant series
 
     def __call__(self, t):
         """Its value at t, a number or an array.
@@ -322,23 +258,23 @@ def _falling(x):
 
 def fit_logistic(position_X, value_X, weight_X=None) -> Logistic:
     """The four-parameter logistic of least squares. Raises ValueError unless there are at least
-    five growing, finite positions, as many finite values, and weights > 0.
+    five growing positions, as many values whose weighted squares are finite, and weights > 0.
 
     >>> t = np.arange(0.0, 160.0, 4.0)
-    >>> found = fit_logistic(t, Logistic(0.5, 0.2, 70.0, 0.4)(t))
-    >>> [round(x, 3) for x in dataclasses.astuple(found)]
+    >>> fit = fit_logistic(t, Logistic(0.5, 0.2, 70.0, 0.4)(t))
+    >>> [round(x, 3) for x in dataclasses.astuple(fit)]
     [0.5, 0.2, 70.0, 0.4, 1.0]
     """
     t_X, y_X = (np.asarray(z, dtype=np.float64) for z in (position_X, value_X))
     w_X = np.ones_like(t_X) if weight_X is None else np.asarray(weight_X, dtype=np.float64)
-    if t_X.ndim != 1 or len(t_X) < 5 or not t_X.shape == y_X.shape == w_X.shape:
+    if len(t_X) < 5 or not t_X.shape == y_X.shape == w_X.shape:
         shapes = t_X.shape, y_X.shape, w_X.shape
-        raise ValueError(f"position_X, value_X, weight_X must be 1-D of one length >= 5: {shapes}")
-    if not all((np.abs(z) < LARGEST).all() for z in (t_X, y_X, w_X)) or not (w_X > 0).all():
-        what = f"finite, smaller than {LARGEST}, and weights positive"
-        raise ValueError(f"position_X, value_X, weight_X must be {what}")
-    if not (np.diff(t_X) > 0).all():
-        raise ValueError(f"position_X must grow, got {t_X!r:.200}")
+        raise ValueError(f"position_X, value_X, weight_X must be of one length >= 5, not {shapes}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        fine = (w_X > 0).all() and np.isfinite(w_X * y_X**2).all() and (np.diff(t_X) > 0).all()
+    if not fine or not np.isfinite(t_X[-1] - t_X[0]):
+        what = f"position_X must grow, value_X be finite, weight_X > 0: {t_X}, {y_X}, {w_X}"
+        raise ValueError(what)
     return Logistic(*(float(x[0]) for x in _search(t_X, y_X[None], w_X[None])))
 
 
@@ -355,7 +291,7 @@ def _search(t_X, y_RX, w_RX):
     steps = np.arange(-3, 4) / 3
     step_mid_G, step_log_G = (z.ravel() for z in np.meshgrid(steps, steps, indexing="ij"))
     reach_R1 = np.ones((len(y_RX), 1))
-    for _ in range(100):  # a pattern search: closer in only when nothing around is better
+    for _ in range(100):  # a pattern search: smaller steps only when no neighbour is better
         mid_RG = np.clip(mid_R[:, None] + reach_R1 * reach_mid * step_mid_G, t_X[0], t_X[-1])
         log_RG = np.clip(log_R[:, None] + reach_R1 * reach_log * step_log_G, flattest, steepest)
         squares_RG = _squares(t_X, y_RX, w_RX, mid_RG, log_RG)[0]
@@ -401,12 +337,8 @@ def _squares(t_X, y_RX, w_RX, mid_RG, log_RG):
 class Fit:
     """The logistic of a curve with bootstrap intervals, [low, high] each.
 
-    fall         by how much the fit falls from the first to the last bin that counted
-    step         whether the slope is the steepest that can be told apart
-    located      whether t* means anything: the fall is surely above FALL, R^2 at least EXPLAINED,
-                 and the bootstrap's interval of t* (without the half bin) inside what was seen
-    seen         first and last position that counted, tokens
-    midpoint_R, fall_R   the draws, in the order of `resample`
+    `located`: t* means something, for the interval of the fall is above FALL, R^2 at least
+    EXPLAINED, and the bootstrap's interval of t* (without the half bin) inside `seen`.
     """
 
     logistic: Logistic
@@ -414,51 +346,48 @@ class Fit:
     slope_interval: list
     drop_interval: list
     floor_interval: list
-    fall: float
+    fall: float  # from the first to the last bin that counts
     fall_interval: list
-    step: bool
+    step: bool  # the slope is the steepest that can be told apart
     located: bool
-    seen: tuple[float, float]
-    width: float
-    midpoint_R: np.ndarray
+    seen: tuple[float, float]  # first and last position that count, tokens
+    width: float  # of the widest bin that counts, tokens
+    midpoint_R: np.ndarray  # draws, in the order of `resample`
     fall_R: np.ndarray
 
     def record(self) -> dict:
         """Plain data for JSON, without the draws."""
         names = [f.name for f in dataclasses.fields(self) if not f.name.endswith("_R")]
-        found = {name: getattr(self, name) for name in names if name != "logistic"}
-        found |= {"fall": plain(self.fall), "seen": list(map(plain, self.seen))}
+        values = {name: getattr(self, name) for name in names if name != "logistic"}
+        values |= {"fall": plain(self.fall), "seen": list(map(plain, self.seen))}
         logistic = {k: plain(v) for k, v in dataclasses.asdict(self.logistic).items()}
-        return logistic | found | {"width": plain(self.width)}
+        return logistic | values | {"width": plain(self.width)}
 
 
-def fit_curve(found: Curve, *, between=(0, math.inf), **resampling) -> Fit | None:
+def fit_curve(points: Curve, *, between=(0, math.inf), **resampling) -> Fit | None:
     """Fit the logistic to a curve and to its bootstrap resamples over problems (arguments of
-    `resample`). None with fewer than two problems or five bins that count: those that lie between
-    the two positions, up to the first which less than RUNNING of the responses in the fullest one
-    reach."""
-    most = found.responses_X.max(initial=0)
-    counts_X = (found.responses_X >= max(2, RUNNING * most)) & (found.weight_PX.sum(axis=0) > 0)
-    used_X = (found.edges_X1[:-1] >= between[0]) & (found.edges_X1[1:] <= between[1])
-    used_X &= np.cumsum(used_X & ~counts_X) == 0  # up to the first that does not count
-    P = int((found.weight_PX[:, used_X].sum(axis=1) > 0).sum())
+    `resample`). The bins that count lie between the two positions, up to the first bin that less
+    than RUNNING of the responses in the fullest one reaches. None with fewer than five of them, or
+    fewer than two problems in them."""
+    most = points.responses_X.max(initial=0)
+    counts_X = (points.responses_X >= max(2, RUNNING * most)) & (points.weight_PX.sum(axis=0) > 0)
+    used_X = (points.edges_X1[:-1] >= between[0]) & (points.edges_X1[1:] <= between[1])
+    used_X &= np.cumsum(used_X & ~counts_X) == 0
+    P = int((points.weight_PX[:, used_X].sum(axis=1) > 0).sum())
     if P < 2 or used_X.sum() < 5:
         return None
-    t_X = found.centre_X()[used_X]
-    point = fit_logistic(t_X, found.mean_X[used_X], found.weight_PX[:, used_X].sum(axis=0))
-    draws_RP = resample(len(found.sum_PX), **resampling)
-    w_RX = draws_RP @ found.weight_PX[:, used_X]
-    y_RX = draws_RP @ found.sum_PX[:, used_X]
+    t_X = points.centre_X()[used_X]
+    point = fit_logistic(t_X, points.mean_X[used_X], points.weight_PX[:, used_X].sum(axis=0))
+    draws_RP = resample(len(points.sum_PX), **resampling)
+    w_RX = draws_RP @ points.weight_PX[:, used_X]
+    y_RX = draws_RP @ points.sum_PX[:, used_X]
     y_RX = np.divide(y_RX, w_RX, out=np.zeros_like(y_RX), where=w_RX > 0)
-    there_R = w_RX.sum(axis=1) > 0  # not in draws without any of the problems that count
-    if not there_R.any():
+    some_R = w_RX.sum(axis=1) > 0  # not in draws without any of the problems that count
+    if not some_R.any():
         return None
-    drop_R, slope_R, mid_R, floor_R, _ = np.full((5, len(draws_RP)), math.nan)
-    for of_R, fitted in zip(
-        (drop_R, slope_R, mid_R, floor_R), _search(t_X, y_RX[there_R], w_RX[there_R]), strict=False
-    ):
-        of_R[there_R] = fitted
-    width = float(np.diff(found.edges_X1)[used_X].max())
+    drop_R, slope_R, mid_R, floor_R = fits_4R = np.full((4, len(draws_RP)), math.nan)
+    fits_4R[:, some_R] = _search(t_X, y_RX[some_R], w_RX[some_R])[:4]
+    width = float(np.diff(points.edges_X1)[used_X].max())
     ends = t_X[[0, -1]]
     fall_R = -np.diff(drop_R[:, None] * _falling(slope_R[:, None] * (ends - mid_R[:, None])))[:, 0]
     low, high = interval(mid_R)

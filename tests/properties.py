@@ -19,10 +19,10 @@ from test_loading import tiny_model as model_for
 
 import controls
 import flags
-import probing
 import rollout
 import teachability
 import toy
+from diagnose import probing
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = int(os.environ.get("PROPERTIES_TIMES", 1))

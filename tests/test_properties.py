@@ -38,7 +38,7 @@ ELSEWHERE = {
 EXEMPT = {
     "records without behaviour": "release_rule.ChangePoint logprobs.TokenStats rollout.Rollout "
     "grading.Supervision grading.Lookahead toy.World toy.Stage preparing.Run flags.Method "
-    "preparing.Position checkpoint.Checkpoint train.Resume probing.How measuring.Job",
+    "preparing.Position checkpoint.Checkpoint train.Resume diagnose.Options diagnose.Job",
     "commands, run with bad and good flags by the tests of their files": "evaluate.main "
     "evaluate.run toy.main toy.run toy.parse train.main train.train_and_save",
     "begin, resume and end the command; tests/test_resume.py kills and starves it": "train.guarded "
@@ -61,7 +61,7 @@ def public_names():
 
 def covered_names():
     """The names that `prop` is given in the files beside this one."""
-    for path in Path(__file__).parent.glob("test_*_properties.py"):
+    for path in Path(__file__).parent.rglob("test_*_properties.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "prop":
                 yield from (argument.value for argument in node.args)
