@@ -30,11 +30,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import curves  # noqa: E402
 import toy  # noqa: E402
 from benchmarks import runs as training  # noqa: E402
 from benchmarks import style, tables  # noqa: E402
 from benchmarks.intervals import mean_and_half, plus_minus  # noqa: E402
+from diagnose import curves  # noqa: E402
 
 SEEN = ["horizon", "clean", "varied", "confident", "off-by-one", "fork", "fork-mirror"]
 CASES = [(world, toy.world(world).moves) for world in [
@@ -55,7 +55,7 @@ def diagnose(world: str, moves: int, seed: int, root: Path, others=()) -> dict:
     """The report of one run of the command; not run again if it is there."""
     out = root / f"{world}-n{moves}-seed{seed}{'-after' if others else ''}"
     if not (out / "report.md").exists():
-        command = [sys.executable, str(ROOT / "diagnose.py"), "--toy", world, "--out", str(out),
+        command = [sys.executable, "-m", "diagnose", "--toy", world, "--out", str(out),
                    "--difficulty", str(moves), "--seed", str(seed), "--completions", "0",
                    "--no-figures"]  # fmt: skip
         command += ["--compare", *map(str, others)] if others else []

@@ -29,6 +29,7 @@ belongs to the last line. Inside: cli, flags (command lines), data (problems, pr
 (loading), processes, run, log, checkpoint, signals, machine.
 """
 
+from harness.checkpoint import make_folder, write_json
 from harness.cli import (
     BIG,
     MANY,
@@ -52,7 +53,16 @@ from harness.data import (
     render_prompts,
     stop_ids,
 )
-from harness.flags import ANY, COUNT, DTYPES, MACHINE, POSITIVE, SHARE, add_flags
+from harness.flags import (
+    ANY,
+    COUNT,
+    MACHINE,
+    POSITIVE,
+    SHARE,
+    add_flags,
+    defaults,
+    left_open,
+)
 from harness.machine import check_device, surroundings
 from harness.models import (
     check_head,
@@ -63,7 +73,13 @@ from harness.models import (
     load_model,
     load_tokenizer,
 )
-from harness.pair import StudentLogProbs, check_prompts, open_pair, open_splitter
+from harness.pair import (
+    StudentLogProbs,
+    check_prompts,
+    open_pair,
+    open_splitter,
+    student_and_teacher,
+)
 from harness.processes import (
     CONTROL_STREAM,
     EVALUATION_STREAM,

@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Print the message on rank 0 and leave with exit code 2."""
         if os.environ.get("RANK", "0") == "0":
-            complain(self.prog.removeprefix("python -m "), message)
+            complain(self.prog.split()[-1], message)  # of `python -m NAME` the name
         sys.exit(2)
 
 

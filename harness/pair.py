@@ -5,9 +5,9 @@ import hashlib
 import json
 
 import fast.decode
-import fast.head
 import torch
 
+import fast.head
 import logprobs
 import teachability
 import toy

@@ -19,10 +19,10 @@ from test_loading import TEMPLATE, byte_tokenizer
 from test_loading import tiny_model as model_for
 
 import masks
-import probing
 import rollout
 import teachability
 import toy
+from diagnose import probing
 from toy import build
 
 ROOT = Path(__file__).resolve().parent.parent

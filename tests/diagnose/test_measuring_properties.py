@@ -11,9 +11,7 @@ from conftest import VOCABULARY
 from hypothesis import strategies as st
 from properties import INF, NAN, RANGES, Letters, prop, seeds, small, splitter, strict, within
 
-import curves
-import measuring
-import probing
+from diagnose import curves, measuring, probing
 
 # -------------------------------------------------------------------------------------- measuring
 
@@ -47,8 +45,8 @@ def jobs(draw):
         args=args, paths={}, tokenizer=Letters(), splitter=splitter(), splitter_name="untrained",
         problems=[{"answer": draw(st.sampled_from(["3", "4"])) if answered else None}] * P,
         prompts=[[1, 2]] * (P * S), problem_B=np.repeat(np.arange(P), S), vocab_size=VOCABULARY,
-        answered=answered, template={}, configs={}, lookahead=lookahead, teacher="the teacher",
-        how=probing.How(stop_ids=(5, 6), pad_id=0, vocab_size=VOCABULARY, progress=False),
+        answered=answered, template={}, lookahead=lookahead, teacher="the teacher",
+        options=probing.Options(stop_ids=(5, 6), pad_id=0, vocab_size=VOCABULARY, progress=False),
     )  # fmt: skip
     return job, found, responses
 
@@ -70,7 +68,7 @@ def quiet(measure, *arguments):
     return strict(found)
 
 
-@prop("measuring.measure_margin", "measuring.measure_signal", examples=80, case=jobs(),
+@prop("diagnose.measure_margin", "diagnose.measure_signal", examples=80, case=jobs(),
       bins=st.integers(1, 6))
 def test_margin_and_signal_are_means_of_what_was_read(case, bins):
     job, found, responses = case
@@ -100,7 +98,7 @@ def test_margin_and_signal_are_means_of_what_was_read(case, bins):
     assert len(s["share_by_quarter"]["mean"]) == 4
 
 
-@prop("measuring.measure_lookahead", "measuring.measure_compatibility", "measuring.answers",
+@prop("diagnose.measure_lookahead", "diagnose.measure_compatibility", "diagnose.answers",
       examples=80, case=jobs())
 def test_lookahead_and_compatibility_are_means_of_what_was_read(case):
     job, found, responses = case
@@ -121,7 +119,7 @@ def test_lookahead_and_compatibility_are_means_of_what_was_read(case):
     for name in ("overlap", "student_mass", "teacher_mass"):
         value_F = getattr(found, f"{name}_F")
         within(c[name], value_F.min(), value_F.max())
-    ended = [response[-1] in job.how.stop_ids for response in responses]
+    ended = [response[-1] in job.options.stop_ids for response in responses]
     assert math.isclose(within(c["truncated"], 0, 1), 1 - np.mean(ended), rel_tol=1e-5)
     tokens = np.mean([len(response) for response in responses])
     assert math.isclose(within(c["tokens"], 1, INF), tokens, rel_tol=1e-5)
@@ -134,14 +132,14 @@ def test_lookahead_and_compatibility_are_means_of_what_was_read(case):
     assert (c["answers"] is None) == (not job.answered)
 
 
-@prop("measuring.measure_completion", "measuring.handover", examples=80, case=jobs(), seed=seeds,
+@prop("diagnose.measure_completion", "diagnose.handover", examples=80, case=jobs(), seed=seeds,
       parrot=st.booleans())
 def test_completions_begin_with_the_student_and_a_parrot_changes_nothing(case, seed, parrot):
     """The parrot is a teacher that goes on as the student did, as sure as it was there."""
     job, found, responses = case
     rng, cut_of = np.random.default_rng(seed), {}
 
-    def sample(model, heads, how, *, max_new_tokens, seed, desc):
+    def sample(model, heads, options, *, max_new_tokens, seed, desc):
         assert model is job.teacher and heads and max_new_tokens >= 1
         cut = job.args.max_new_tokens - max_new_tokens
         cut_of[desc] = cut, [b for b, r in enumerate(responses) if len(r) > cut]
@@ -152,7 +150,7 @@ def test_completions_begin_with_the_student_and_a_parrot_changes_nothing(case, s
         return [rng.integers(0, VOCABULARY, rng.integers(1, max_new_tokens + 1)).tolist()
                 for _ in rows]  # fmt: skip
 
-    def mean_fidelity(teacher, heads, tails, how, desc):
+    def mean_fidelity(teacher, heads, tails, options, desc):
         assert all(0 < len(tail) <= measuring.HANDOVER for tail in tails)
         cut, rows = cut_of[desc]
         if not parrot:
@@ -203,7 +201,7 @@ def fits(draw):
     )  # fmt: skip
 
 
-@prop("measuring.shift", examples=150, one=st.none() | fits(), two=st.none() | fits())
+@prop("diagnose.shift", examples=150, one=st.none() | fits(), two=st.none() | fits())
 def test_a_shift_is_as_far_there_as_back_and_none_onto_itself(one, two):
     there, back = strict(measuring.shift(one, two)), strict(measuring.shift(two, one))
     located = [fit is not None and fit.located for fit in (one, two)]

@@ -5,7 +5,6 @@ import functools
 import math
 
 import numpy as np
-import pytest
 import torch
 from conftest import VOCABULARY
 from hypothesis import strategies as st
@@ -24,16 +23,14 @@ from properties import (
     tiny,
 )
 
-import probing
+from diagnose import probing
 
 
 # ---------------------------------------------------------------------------------------- probing
-@prop("probing.gradient_parts", examples=150, seed=seeds, K=st.integers(1, 6),
+@prop("diagnose.gradient_parts", examples=150, seed=seeds, K=st.integers(1, 6),
       shape=st.lists(st.integers(0, 3), max_size=2), shift=st.integers(-20, 20),
-      equal=st.booleans(), ruled_out=st.sampled_from([0.0, 0.3, 1.0]), spoil=st.booleans())
-def test_gradient_parts_are_those_of_differences(
-    seed, shape, K, shift, equal, ruled_out, spoil
-):
+      equal=st.booleans(), ruled_out=st.sampled_from([0.0, 0.3, 1.0]))
+def test_gradient_parts_are_those_of_differences(seed, shape, K, shift, equal, ruled_out):
     """As defined, whatever is ruled out; the teacher's part is none iff it tells nothing apart."""
     g = seeded(seed)
     student_BTK = 2 * torch.randn(*shape, K, generator=g, dtype=torch.float64)
@@ -41,10 +38,6 @@ def test_gradient_parts_are_those_of_differences(
     teacher_BTK = torch.randint(-9, 1, (*shape, K), generator=g).double() * (not equal)
     teacher_BTK[torch.rand(*shape, K, generator=g) < ruled_out] = -INF
     arguments = {"student_logp_BTK": student_BTK, "teacher_logp_BTK": teacher_BTK}
-    if spoil:
-        refused_or(probing.gradient_parts, arguments | {"teacher_logp_BTK": teacher_BTK[..., 1:]})
-        with pytest.raises(ValueError, match="teacher_logp_BTK"):
-            probing.gradient_parts(*(x[..., :0] for x in arguments.values()))
     parts = refused_or(probing.gradient_parts, arguments)
     assert finite(*parts) and all((x >= 0).all() and x.shape == tuple(shape) for x in parts)
     p_BTK, own_BTK = student_BTK.softmax(-1), student_BTK.log_softmax(-1)
@@ -68,7 +61,7 @@ def test_gradient_parts_are_those_of_differences(
         torch.testing.assert_close(probing.gradient_parts(*other), parts, rtol=1e-9, atol=1e-11)
 
 
-@prop("probing.spread_and_pull", examples=100, seed=seeds, B=small, T=small, K=st.integers(1, 5),
+@prop("diagnose.spread_and_pull", examples=100, seed=seeds, B=small, T=small, K=st.integers(1, 5),
       lost=st.booleans(), spread=st.sampled_from([0.0, 1.0, "ends"]))
 def test_the_pull_of_what_the_student_would_choose_is_0_on_average(seed, B, T, K, lost, spread):
     g = seeded(seed)
@@ -98,9 +91,9 @@ def test_the_pull_of_what_the_student_would_choose_is_0_on_average(seed, B, T, K
     assert torch.equal(other_BT.isnan(), ~there_BT) and not other_BT[there_BT].any()
 
 
-def how_to_read(rng, **more):
+def options_of(rng, **more):
     K = int(rng.integers(2, 12))
-    return probing.How(**{
+    return probing.Options(**{
         "stop_ids": (5, 6), "pad_id": int(rng.integers(2)), "vocab_size": VOCABULARY,
         "candidates": K, "margin_top_k": min(4, K), "group": min(3, K), "progress": False,
         "tau": float(rng.choice([0.0, 1.0, 9.0])), "batch_size": int(rng.integers(1, 4)),
@@ -108,8 +101,8 @@ def how_to_read(rng, **more):
     } | more)  # fmt: skip
 
 
-@prop("probing.read", "probing.mean_fidelity", "probing.batches", "probing.Readings", examples=25,
-      seed=seeds, prompts=prompts_of_ids, own=families, alike=st.booleans(),
+@prop("diagnose.read", "diagnose.mean_fidelity", "diagnose.batches", "diagnose.Readings",
+      examples=25, seed=seeds, prompts=prompts_of_ids, own=families, alike=st.booleans(),
       temperature=st.sampled_from([1.0, 0.5]), margin=st.sampled_from(["logprob", "prob"]),
       stop_ids=st.sampled_from([(5, 6), (), (3, VOCABULARY - 1)]), lookahead=st.booleans())
 def test_readings_of_any_responses_lie_in_their_ranges(
@@ -117,19 +110,21 @@ def test_readings_of_any_responses_lie_in_their_ranges(
 ):
     rng = np.random.default_rng(seed)
     V = int(rng.choice([VOCABULARY, 30]))
-    how = how_to_read(rng, stop_ids=stop_ids, vocab_size=V, temperature=temperature, margin=margin)
+    options = options_of(
+        rng, stop_ids=stop_ids, vocab_size=V, temperature=temperature, margin=margin
+    )
     responses = [rng.integers(0, V, rng.integers(1, 9)).tolist() for _ in prompts]
     teacher = tiny("qwen3", 2)
     student = teacher if alike else tiny(own, 1)
     before = copy.deepcopy((prompts, responses))
     seen = []
-    for rows, ids_BT, mask_BT in probing.batches(prompts, responses, how, "cpu", ""):
+    for rows, ids_BT, mask_BT in probing.batches(prompts, responses, options, "cpu", ""):
         seen += rows
-        assert len(rows) == 1 or ids_BT.numel() <= how.tokens
+        assert len(rows) == 1 or ids_BT.numel() <= options.tokens
         assert [x[m].tolist() for x, m in zip(ids_BT, mask_BT, strict=True)] == [
             responses[row] for row in rows]  # fmt: skip
     assert sorted(seen) == list(range(len(prompts)))
-    found = probing.read(student, teacher, prompts, responses, how, lookahead=lookahead, desc="")
+    found = probing.read(student, teacher, prompts, responses, options, lookahead=lookahead)
     assert (prompts, responses) == before
     values, F = vars(found), sum(map(len, responses))
     assert {(x.shape, x.dtype.kind in "if") for x in values.values()} == {((F,), True)}
@@ -142,7 +137,7 @@ def test_readings_of_any_responses_lie_in_their_ranges(
         low, high = RANGES.get(name, (0, INF))
         value_F = value_F[~nan_F] if name in ("spread_F", "pull_F") else value_F
         assert (value_F >= low - 1e-5).all() and (value_F <= high + 1e-5).all(), name
-    assert ((found.hesitates_F == 1) == (found.entropy_F > np.float32(how.tau))).all()
+    assert ((found.hesitates_F == 1) == (found.entropy_F > np.float32(options.tau))).all()
     assert (found.fidelity_F + 1e-6 >= np.exp(found.teacher_logp_F)).all()
     assert (found.fidelity_F >= 1 / V - 1e-6).all()
     assert (found.entropy_F <= math.log(V) + 1e-5).all()
@@ -154,19 +149,19 @@ def test_readings_of_any_responses_lie_in_their_ranges(
         for name in ("logp", "mass", "stop"):
             a, b = values[f"student_{name}_F"], values[f"teacher_{name}_F"]
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
-    mean_B = probing.mean_fidelity(teacher, prompts, responses, how, "")
+    mean_B = probing.mean_fidelity(teacher, prompts, responses, options, "")
     right = [found.fidelity_F[found.row_F == b].mean() for b in range(len(prompts))]
     np.testing.assert_allclose(mean_B, right, rtol=0, atol=1e-5)
 
 
-@prop("probing.sample", examples=20, seed=seeds, family=families, limit=st.integers(-1, 6),
+@prop("diagnose.sample", examples=20, seed=seeds, family=families, limit=st.integers(-1, 6),
       prompts=prompts_of_ids, copies=st.integers(1, 3), stop_ids=st.sampled_from([(5, 6), ()]))
 def test_samples_end_and_do_not_depend_on_the_batch_size(
     seed, family, limit, prompts, copies, stop_ids
 ):
-    how, prompts = how_to_read(np.random.default_rng(seed), stop_ids=stop_ids), prompts * copies
+    options, prompts = options_of(np.random.default_rng(seed), stop_ids=stop_ids), prompts * copies
     arguments = {"prompts": prompts, "max_new_tokens": limit, "seed": seed, "desc": ""}
-    draw = functools.partial(probing.sample, tiny(family, 1), how=how)
+    draw = functools.partial(probing.sample, tiny(family, 1), options=options)
     responses = refused_or(draw, arguments)
     assert (responses is None) == (limit < 1)
     if responses is None:
@@ -175,5 +170,5 @@ def test_samples_end_and_do_not_depend_on_the_batch_size(
     for ids in responses:
         assert ids and (len(ids) == limit or ids[-1] in stop_ids)
         assert not set(ids[:-1]) & set(stop_ids) and 0 <= min(ids) <= max(ids) < VOCABULARY
-    other = probing.How(**vars(how) | {"batch_size": 99})
-    assert probing.sample(tiny(family, 1), how=other, **arguments) == responses
+    other = probing.Options(**vars(options) | {"batch_size": 99})
+    assert probing.sample(tiny(family, 1), options=other, **arguments) == responses

@@ -1,8 +1,6 @@
 """Properties of the public names of diagnose."""
 
 import contextlib
-import copy
-import functools
 import io
 import json
 import math
@@ -15,22 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diagnoses import tiny
 from hypothesis import assume
 from hypothesis import strategies as st
 from properties import TOYS, parsed, prop, seeds, small, spelling, strict, within
+from runs import parse
 from test_loading import TEMPLATE, byte_tokenizer
 
-import diagnose
-import flags
 import harness
-import pictures
-import report
 import toy
+import train
+from diagnose import command, pictures, report, verdicts
 
 
 # ----------------------------------------------------------------------- diagnose, report, pictures
 @prop("diagnose.check_out", examples=40,
-      names=st.sets(st.sampled_from(["report.json", "report.md", "thesis.txt", "config.json"])),
+      names=st.sets(st.sampled_from(["diagnose.json", "diagnose.md", "thesis.txt", "config.json"])),
       there=st.booleans(), file=st.booleans())
 def test_only_an_earlier_report_is_in_nobodys_way(names, there, file):
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +41,7 @@ def test_only_an_earlier_report_is_in_nobodys_way(names, there, file):
         before = sorted(Path(folder).rglob("*"))
         fine = not there or not (file or (names and "report.json" not in names))
         try:
-            diagnose.check_out(out)
+            command.check_out(out)
             assert fine
         except ValueError as error:
             assert not fine and str(out) in str(error)
@@ -63,7 +61,7 @@ def good_value(action):
     return st.sampled_from([["a"], ["x/y z"], ["é|'"], ["runs/a/student"], ["$(a)`b`"]])
 
 
-ACTIONS = [a for a in diagnose.make_parser()._actions if a.dest not in ("help", "device")]
+ACTIONS = [a for a in command.make_parser()._actions if a.dest not in ("help", "device")]
 flags_of_diagnose = st.lists(st.sampled_from(ACTIONS).flatmap(
     lambda a: good_value(a).map(lambda words: [a.option_strings[-1], *words])
 ) | st.sampled_from([["--top-k", "5"], ["--compare", "a", "a/student"]]), max_size=7)  # fmt: skip
@@ -72,6 +70,7 @@ words_of_diagnose = st.sampled_from(
 ) | st.text(max_size=3)
 
 
+REPEATED = [*command.SHARED, *(row[0] for row in command.METHODS)]
 
 
 def as_words(given):
@@ -80,10 +79,10 @@ def as_words(given):
 
 @prop("diagnose.parse", "diagnose.make_parser", "diagnose.short", examples=200,
       chosen=flags_of_diagnose, extra=st.lists(words_of_diagnose, max_size=1),
-      method=st.sampled_from(sorted(flags.METHODS)))
+      method=st.sampled_from(sorted(train.METHODS)))
 def test_diagnose_parses_or_refuses_and_repeats_what_was_given(chosen, extra, method):
     assume(not any(word.startswith(("-h", "--h")) for word in extra))
-    args = parsed(diagnose.parse, "diagnose.py", [*sum(chosen, []), *extra])
+    args = parsed(command.parse, "diagnose", [*sum(chosen, []), *extra])
     if args is None:
         assert chosen or extra
         return
@@ -93,41 +92,29 @@ def test_diagnose_parses_or_refuses_and_repeats_what_was_given(chosen, extra, me
     assert {k for k, v in values.items() if v is None} <= open_ones
     assert args.top_k >= max(args.margin_top_k, args.lgr_top_k) and args.count >= 2
     assert args.problems is None or args.student and args.teacher
-    names = [diagnose.short(path) for path in args.compare]
+    names = [command.short(path) for path in args.compare]
     assert len(set(names)) == len(names) and "student" not in names and all(names)
     assert {flag: args.given[flag] for flag in args.given} == args.given
     for flag, value in args.given.items():
-        assert flag in diagnose.SHARED and values[flag[2:].replace("-", "_")] == value
+        assert flag in REPEATED and values[flag[2:].replace("-", "_")] == value
     wide = ["--top-k", str(args.top_k)]
-    again = parsed(diagnose.parse, "diagnose.py", [*as_words(args.given), *wide])
+    again = parsed(command.parse, "diagnose", [*as_words(args.given), *wide])
     assert again.given == args.given
-    train_args = parsed(
-        flags.parse, "train.py", ["--method", method, *as_words(args.given)])
+    train_args = parsed(parse, "train.py", ["--method", method, *as_words(args.given)])
     if train_args is not None:
         for flag in args.given:
             name = flag[2:].replace("-", "_")
-            assert getattr(train_args[1], name) == values[name]
+            assert getattr(train_args, name) == values[name]
     else:
-        assert flags.METHODS[method].objective == "topk" and args.lgr_top_k > 20
+        assert not args.given
 
 
 @prop("diagnose.short", examples=100, parts=st.lists(st.sampled_from(
       ["a", "b c", "student", "..", "é"]), min_size=1, max_size=4))
 def test_the_short_name_is_a_part_of_the_path(parts):
     path, own = "/".join(parts), [part for part in parts if part != "student"]
-    assert diagnose.short(path) == diagnose.short(Path(path)) == (own[-1] if own else path)
-    assert diagnose.short(f"/{path}/student") == (own[-1] if own else f"/{path}/student")
-
-
-
-
-@functools.cache
-def diagnosed():
-    """A real report of two students, of few responses."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        argv = (f"--out {folder} --count 3 --samples 2 --completions 1 --max-new-tokens 40 "
-                "--resamples 20 --bin-width 4 --splitter untrained --device cpu --no-figures")
-        return strict(diagnose.run(diagnose.parse([*argv.split(), "--compare", TOYS["clean"]])))
+    assert command.short(path) == command.short(Path(path)) == (own[-1] if own else path)
+    assert command.short(f"/{path}/student") == (own[-1] if own else f"/{path}/student")
 
 
 MAYBE_EMPTY = {"gain", "spread", "telling", "handover", "stop_at_end"}  # means of nothing, perhaps
@@ -162,8 +149,8 @@ def varied(rng, x, inside=()):
 
 
 def varied_report(rng, names):
-    """A report as `diagnose.py` might write it, with students of these names besides the first."""
-    result = copy.deepcopy(diagnosed())
+    """A report as the command might write it, with students of these names besides the first."""
+    result = tiny()
     template = result["students"]["student"]
     result["students"], first = {}, None
     for name in ("student", *names):
@@ -171,7 +158,7 @@ def varied_report(rng, names):
         for who in ("student", "teacher"):
             s["fidelity"][who]["fit"] = varied(rng, FIT) if rng.random() < 0.7 else None
             if rng.random() < 0.3:
-                s["margin"][who]["release_at_each"] = [None] * 6
+                s["margin"][who]["release_at_each"] = [None] * 32
         if rng.random() < 0.2:
             s["fidelity"]["handover"] = []
         if rng.random() < 0.3:
@@ -197,6 +184,10 @@ def varied_report(rng, names):
     result["template"] = {"same": same, "why": "it has none" if same == 0 else ""}
     result["vocabulary"]["stop_ids"]["teacher"] = [[], [4], [4, 5]][rng.integers(3)]
     result["settings"]["margin"] = str(rng.choice(["logprob", "prob"]))
+    s = result["students"]["student"]
+    s["compatibility"]["truncated"]["mean"] = float(rng.choice([0.0, 0.5, 0.9, 1.0]))
+    if s["completion"] and rng.random() < 0.1:
+        s["completion"]["student"]["mean"] = s["completion"]["teacher"]["mean"] = 0.0
     return result
 
 
@@ -210,59 +201,67 @@ names_of_students = st.lists(st.sampled_from(["a", "a|b", "opd-seed0", "é", "x"
                              max_size=2, unique=True)  # fmt: skip
 
 
-@prop("report.judge", "report.suggest", "report.summary", "report.markdown", "report.Verdict",
-      examples=120, seed=seeds, names=names_of_students, chosen=flags_of_diagnose)
+@prop("diagnose.judge", "diagnose.suggest", "diagnose.no_evidence", "diagnose.summary",
+      "diagnose.markdown", "diagnose.Verdict",
+      examples=100, seed=seeds, names=names_of_students, chosen=flags_of_diagnose)
 def test_any_report_is_judged_and_told(seed, names, chosen):
     result = varied_report(np.random.default_rng(seed), names)
-    args = parsed(diagnose.parse, "diagnose.py", sum(chosen, []))
+    args = parsed(command.parse, "diagnose", sum(chosen, []))
     given = result["settings"]["given"] = args.given if args else {}
     before = repr(result)
-    verdicts, command = report.judge(result)
+    items, advice = verdicts.judge(result)
+    blind = verdicts.no_evidence(result)
     assert repr(result) == before
-    strict([verdicts, command])
-    by_item = {v["item"]: report.Verdict(**v) for v in verdicts}
-    assert len(by_item) == len(verdicts) >= 12
-    assert {v["grade"] for v in verdicts} <= set(report.MARKS)
-    assert all(v["says"].endswith(".") and v["threshold"] and v["source"] for v in verdicts)
-    assert report.suggest(result, by_item) == command and set(command) == {
+    strict([items, advice])
+    by_item = {v["item"]: verdicts.Verdict(**v) for v in items}
+    assert len(by_item) == len(items) >= 12
+    assert {v["grade"] for v in items} <= set(report.MARKS)
+    assert all(v["says"].endswith(".") and v["threshold"] and v["source"] for v in items)
+    assert verdicts.suggest(result, by_item) == advice and set(advice) == {
         "method", "why", "command"}  # fmt: skip
     grades = {item: v.grade for item, v in by_item.items()}
     lost = "bad" in (grades["fidelity"], grades["margin"])
-    measured = not result["students"]["student"]["lookahead"]["why_not"]
+    s = result["students"]["student"]
+    measured = not s["lookahead"]["why_not"]
     ahead = grades["lookahead"] == "bad" or grades["lookahead"] == "-" and measured
-    if grades["teacher"] == "bad" and not lost and not ahead:
-        assert command["method"] is command["command"] is None
+    c = s["completion"]
+    never_right = bool(c) and not c["student"]["mean"] and not c["teacher"]["mean"]
+    assert bool(blind) == (never_right or s["compatibility"]["truncated"]["mean"] == 1)
+    if blind or grades["teacher"] == "bad" and not lost and not ahead:
+        assert advice["method"] is advice["command"] is None
     else:
-        method = flags.METHODS[command["method"]]
-        assert method == flags.Method("pg", "release" if lost else "none", "on" if ahead else "off")
-        runner, script, *words = shlex.split(command["command"])
+        method = train.METHODS[advice["method"]]
+        assert method == ("pg", "release" if lost else "none", "on" if ahead else "off")
+        runner, script, *words = shlex.split(advice["command"])
         assert (runner, script) == ("torchrun", "train.py")
-        _, trained = parsed(flags.parse, "train.py", words)
-        assert trained.method == command["method"]
+        trained = parsed(parse, "train.py", words)
+        assert trained.method == advice["method"]
         for flag, value in given.items():
             assert getattr(trained, flag[2:].replace("-", "_")) == value
-    result["verdicts"], result["command"] = verdicts, command
+    result["verdicts"], result["command"] = items, advice
     before, text = repr(result), report.summary(result)
     page = report.markdown(result, ["a.png"])
     assert repr(result) == before and page.endswith("\n") and "![a](a.png)" in page
+    none = "Nothing can be concluded" if blind else "No method here fits"
+    assert text.startswith("Nothing can be concluded") == bool(blind)
     for told in (text, page):
-        assert not re.search(r"\b(None|nan|inf)\b", told.replace(command["command"] or "\0", ""))
-        assert (command["command"] or "No method here fits") in told
+        assert not re.search(r"\b(None|nan|inf)\b", told.replace(advice["command"] or "\0", ""))
+        assert (advice["command"] or none) in told
     heads = [line for line in text.split("\n") if line[:1] in report.MARKS.values()]
     told = [line for line in heads if line[2:3].strip()]
-    marks = [(report.MARKS[v["grade"]], v["item"]) for v in verdicts]
-    assert [(line[0], line[2:].split()[0]) for line in told[:len(verdicts)]] == marks
+    marks = [(report.MARKS[v["grade"]], v["item"]) for v in items]
+    assert [(line[0], line[2:].split()[0]) for line in told[:len(items)]] == marks
     tables = [block.split("\n") for block in page.split("\n\n") if block.startswith("| ")]
     assert len(tables) >= 3
     for lines in tables:
         assert len({len(cells(line)) for line in lines}) == 1 and set(cells(lines[1])) == {" --- "}
-    assert len(tables[0]) == 2 + len(verdicts) and len(cells(tables[1][0])) == 2 + len(names)
+    assert len(tables[0]) == 2 + len(items) and len(cells(tables[1][0])) == 2 + len(names)
 
 
 any_cell = st.text(max_size=8) | st.text("|\\\n\r\x85\u2028 ab", max_size=8) | st.floats()
 
 
-@prop("report.table", examples=150, rows=st.integers(1, 4).flatmap(lambda n: st.lists(
+@prop("diagnose.table", examples=150, rows=st.integers(1, 4).flatmap(lambda n: st.lists(
       st.lists(any_cell, min_size=n, max_size=n), min_size=1, max_size=4)))
 def test_a_table_has_a_line_per_row_and_a_cell_per_text(rows):
     before = repr(rows)
@@ -273,7 +272,7 @@ def test_a_table_has_a_line_per_row_and_a_cell_per_text(rows):
         assert found == [" ".join(str(x).split()) for x in row]
 
 
-@prop("pictures.draw", examples=3, seed=seeds, names=names_of_students)
+@prop("diagnose.draw", examples=3, seed=seeds, names=names_of_students)
 def test_any_report_is_drawn(seed, names):
     pytest.importorskip("matplotlib")
     result = varied_report(np.random.default_rng(seed), names)
@@ -293,7 +292,7 @@ def test_any_report_is_drawn(seed, names):
 
 
 @prop("diagnose.main", "diagnose.run", "diagnose.prepare", "diagnose.load", "diagnose.vocabulary",
-      "measuring.measure", examples=14, seed=st.integers(0, 99), count=st.integers(1, 3),
+      "diagnose.measure", examples=14, seed=st.integers(0, 99), count=st.integers(1, 3),
       kind=st.sampled_from(["toy", "toy", "answers", "none", "refused"]), samples=small,
       compare=st.sampled_from([[], ["--compare", TOYS["clean"], TOYS["horizon"]]]),
       more=st.lists(st.sampled_from([
@@ -318,7 +317,7 @@ def test_any_diagnosis_ends_with_a_report_or_one_line(seed, count, kind, samples
         said, told = io.StringIO(), io.StringIO()
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(told):
             try:
-                status = diagnose.main(argv)
+                status = command.main(argv)
             except SystemExit as error:
                 status = error.code
         bad = {"--top-k", "--student"} & set(sum(more, [])) or "\x7f" in argv
@@ -326,10 +325,10 @@ def test_any_diagnosis_ends_with_a_report_or_one_line(seed, count, kind, samples
         assert status == (2 if bad else 0), said.getvalue()
         if bad:
             line = said.getvalue()
-            assert line.startswith("diagnose.py: error: ") and line.count("\n") == 1
+            assert line.startswith("diagnose: error: ") and line.count("\n") == 1
             assert not out.exists()
             return
-        assert sorted(os.listdir(out)) == ["report.json", "report.md"]
+        assert sorted(os.listdir(out)) == ["diagnose.json", "report.md"]
         result = json.loads((out / "report.json").read_text())
         page = (out / "report.md").read_text()
     strict(result)
@@ -338,7 +337,7 @@ def test_any_diagnosis_ends_with_a_report_or_one_line(seed, count, kind, samples
     assert list(result["students"]) == ["student", "clean", "horizon"][: 3 if compare else 1]
     assert result["vocabulary"]["shared"] <= min(result["vocabulary"]["rows"].values())
     assert result["vocabulary"]["stop_ids"] == {"student": [4], "teacher": [4]}
-    assert report.judge(result) == (result["verdicts"], result["command"])
+    assert verdicts.judge(result) == (result["verdicts"], result["command"])
     assert report.summary(result) in told.getvalue() and page == report.markdown(result, [])
     for s in result["students"].values():
         within(s["fidelity"]["student"]["mean"], 0, 1)
@@ -356,7 +355,7 @@ def test_templates_agree_on_a_share_of_the_prompts(template, texts, thinking):
     problems = [{"messages": [{"role": "user", "content": t}], "where": "f:1"} for t in texts]
     prompts = harness.render_prompts(own, problems, thinking=thinking)
     before = repr((problems, prompts))
-    found = strict(diagnose.compare_templates(teacher, problems, prompts, thinking))
+    found = strict(command.compare_templates(teacher, problems, prompts, thinking))
     assert repr((problems, prompts)) == before and set(found) == {"same", "why"}
     assert 0 <= found["same"] <= 1 and (not found["why"] or found["same"] == 0)
     assert "\n" not in found["why"]

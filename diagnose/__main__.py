@@ -1,0 +1,7 @@
+"""`python -m diagnose`."""
+
+import sys
+
+from diagnose.command import main
+
+sys.exit(main())
