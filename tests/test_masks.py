@@ -3,7 +3,6 @@
 import json
 import math
 import statistics
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import make_run, parse, read_log, run_command, sample, score, spy
+from runs import make_run, parse, read_log, sample, score, spy
 
 import evaluate
 import masks
@@ -227,13 +226,13 @@ def test_std_fires_where_the_spread_of_the_advantage_drops(mixed):
         segment_T = teachability.token_segments(run.tokenizer, batch.ids_BT[row, mask_T],
                                                 run.splitter)
         advantage = (scores.logp_BT - batch.logp_BT)[row, mask_T].tolist()
-        scores = [
+        spreads = [
             math.log1p(statistics.pstdev(
                 [a for a, s in zip(advantage, segment_T.tolist(), strict=True) if s == n]
             ))
             for n in range(int(segment_T.max()) + 1)
         ]
-        point = release_rule.change_point(scores)
+        point = release_rule.change_point(spreads)
         wanted = len(segment_T) if point.kept is None else int((segment_T < point.kept).sum())
         assert int(scores.keep_BT[row].sum()) == int(scores.wanted_B[row]) == wanted
         assert bool(scores.released_B[row]) == (point.kept is not None)
@@ -321,15 +320,16 @@ def test_update_of_a_divergence_equals_it_written_out(kind, more):
 
 
 # ------------------------------------------------------------------------------- out of domain
-def test_the_second_task_is_evaluated_first_and_last(tmp_path):
+def test_the_second_task_is_evaluated_first_and_last(tmp_path, capsys):
     flags = ["--difficulty", "2", *SHORT, "--eval-every", "1", "--method", "opd"]
-    shown = run_command(sys.executable, ROOT / "train.py", *flags, "--out", "run", cwd=tmp_path)
+    train.main([*flags, "--out", str(tmp_path / "run")])
+    shown = capsys.readouterr().out
     _, evaluations = read_log(tmp_path / "run")
     assert [line["step"] for line in evaluations] == [0, 1, 2]
     assert ["ood" in line for line in evaluations] == [True, False, True]
     assert evaluations[0]["ood"]["problems"] == 4
     before, after = (line["ood"]["accuracy"] for line in (evaluations[0], evaluations[2]))
-    assert f"out of domain: {before:.3f} before, {after:.3f} after" in shown.stdout
+    assert f"out of domain: {before:.3f} before, {after:.3f} after" in shown
 
 
 def test_out_of_domain_problems_of_the_users_own(tmp_path):

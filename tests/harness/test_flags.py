@@ -79,7 +79,8 @@ def test_the_effective_table_is_said_and_stored(tmp_path, capsys):
                 "--eval-count", "1", "--eval-samples", "1", "--method", "opd", "--out", str(out)])
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert any(line.startswith("train.py: --preset toy: lr 0.001, ") for line in said)
-    assert any(line.startswith("train.py: command line: method opd, steps 1") for line in said)
+    (typed,) = [line for line in said if line.startswith("train.py: command line: method opd, ")]
+    assert ", steps 1," in typed and f"out {out}" in typed
     config = json.loads((out / "config.json").read_text())
     assert config["flags"]["lr"] == 0.001 and config["origins"]["lr"] == "--preset toy"
     assert config["origins"]["steps"] == "command line"
