@@ -295,7 +295,7 @@ def check_sampling(path, model, prompts, max_new_tokens):
     refuse the model for these prompts, or if its tokens see later ones, as an encoder's do."""
     prompt = prompts[0][:8]
     try:
-        rollout.check_model(model, max(map(len, prompts)) + max_new_tokens)
+        harness.check_supported(model, max(map(len, prompts)) + max_new_tokens)
         ids_BT = torch.tensor([prompt], device=model.device)
         alone_V, first_V = (model(input_ids=x).logits[0, 0] for x in (ids_BT[:, :1], ids_BT))
         if (alone_V - first_V).abs().max() > 0.05 * alone_V.abs().max():

@@ -13,4 +13,11 @@ from harness.cli import (
     path_name,
 )
 from harness.data import check_fit, from_records, load_problems, pad_id, render_prompts, stop_ids
-from harness.models import check_head, common_vocabulary, load_config, load_model, load_tokenizer
+from harness.models import (
+    check_head,
+    check_supported,
+    common_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
