@@ -17,8 +17,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from fast import onednn
-
 LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MOST_COPIED = 2**30  # parameters; the matrices of larger models are not fused, which copies them
 
@@ -176,5 +174,5 @@ class LlamaStep:
 
 def multiply(x_SD, weights):
     """The products with some matrices, side by side."""
-    out = [onednn.linear(x_SD, weight, bias) for weight, bias in weights]
+    out = [F.linear(x_SD, weight, bias) for weight, bias in weights]
     return out[0] if len(out) == 1 else torch.cat(out, dim=-1)

@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from fast import decode as fast  # the file
-from fast import onednn
 
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -102,24 +101,6 @@ def test_both_steps_give_the_same_logits(name, dtype):
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         sample(model, batch_size=4, decode=both)
     assert len(errors) > 20 and max(errors) < tolerance
-
-
-@pytest.mark.parametrize("most_copied", [0, 2**30])
-@pytest.mark.parametrize("name", ["qwen3", "qwen2", "biases", "tied"])
-def test_large_matrices_in_float32_go_to_onednn(name, most_copied, monkeypatch):
-    """Fused or as they are, with and without biases, for any number of rows: greedy rollouts are
-    those of the model's own forward, statistics to 1e-4."""
-    model = family(name)
-    theirs = sample(model, temperature=0)
-    monkeypatch.setattr(onednn, "LARGE", 0)
-    monkeypatch.setattr(fast, "MOST_COPIED", most_copied)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for batch_size in (None, 3):
-            ours = sample(model, temperature=0, batch_size=batch_size, decode=fast.decode)
-            assert torch.equal(ours.ids_BT, theirs.ids_BT)
-            assert torch.allclose(ours.logp_BT, theirs.logp_BT, atol=1e-4)
-            assert torch.allclose(ours.entropy_BT, theirs.entropy_BT, atol=1e-4)
 
 
 def test_the_fast_step_has_about_half_the_operations():
