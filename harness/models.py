@@ -4,6 +4,7 @@ Weights are read from safetensors only and no code that comes with a model is ru
 Whatever is wrong is a ValueError of one line that names the model or flag.
 """
 
+import inspect
 import os
 import socket
 import urllib.parse
@@ -104,7 +105,7 @@ def check_sampling(path, model, prompts, max_new_tokens):
     prompts, or if its tokens see later ones, as an encoder's do."""
     prompt = prompts[0][:8]
     try:
-        rollout.check_model(model, max(map(len, prompts)) + max_new_tokens)
+        check_supported(model, max(map(len, prompts)) + max_new_tokens)
         ids_BT = torch.tensor([prompt], device=model.device)
         alone_V, first_V = (model(input_ids=x).logits[0, 0] for x in (ids_BT[:, :1], ids_BT))
         if (alone_V - first_V).abs().max() > 0.05 * alone_V.abs().max():
@@ -115,6 +116,38 @@ def check_sampling(path, model, prompts, max_new_tokens):
         )
     except (ValueError, RuntimeError) as error:  # sizes that do not fit together are the latter
         raise ValueError(f"{path}: {first_line(error)}") from error
+# ------------------------------------------------------------------------ what the leaves can serve
+def check_supported(model, longest: int) -> None:
+    """Refuse a model that sampling or tree attention would silently get wrong.
+
+    Both hand it a 4D mask, position ids and a cache of plain keys and values.  `longest`: tokens of
+    prompt and response.  Nothing is computed: this is what config and signature say.
+
+    Raises:
+        ValueError: an encoder-decoder; an attention implementation without 4D masks; no argument
+            for position ids; layers that are recurrent, chunked or local; a sliding window or a
+            position limit that is too short.
+    """
+    config, name = model.config.get_text_config(decoder=True), type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder, not a causal LM")
+    implementation = model.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        what = f"attention implementation {implementation!r} takes no 4D mask"
+        raise ValueError(f'{name}: {what}; load the model with attn_implementation="sdpa"')
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise ValueError(f"{name} takes no position ids")
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    kinds = set(kinds or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{name}: layers of types {sorted(kinds)} are not supported")
+    window = getattr(config, "sliding_window", None)
+    sliding = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    if window and sliding and longest >= window:  # the library's cache keeps window - 1 tokens
+        raise ValueError(f"{name}: {longest} tokens do not fit into its sliding window of {window}")
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and longest > limit:
+        raise ValueError(f"{name}: {longest} tokens exceed the model's context of {limit}")
 
 
 # ----------------------------------------------------------------------- a student and a teacher
