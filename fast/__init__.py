@@ -1,5 +1,5 @@
-"""Faster drop-ins for functions of the files beside this folder, each tested equal to the plain one.
+"""Faster drop-ins, each tested equal to the plain function that it stands in for.
 
-    decode    the decode step of Llama-like models                      in place of rollout.decode_step
-    head      log-probs whose gradient is computed in the same pass      in place of those of logprobs
+    decode    the decode step of Llama-like models                   of rollout.decode_step
+    head      log-probs, with the gradient in the same pass          of logprobs.token_logprobs, ..
 """

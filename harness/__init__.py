@@ -30,64 +30,16 @@ belongs to the last line. Inside: cli, flags (command lines), data (problems, pr
 """
 
 from harness.checkpoint import make_folder, write_json
-from harness.cli import (
-    BIG,
-    MANY,
-    MOST_THREADS,
-    TINY,
-    Parser,
-    check_creatable,
-    check_new_file,
-    complain,
-    first_line,
-    number,
-    path_name,
-    write_new_file,
-)
-from harness.data import (
-    check_fit,
-    download_punkt,
-    from_records,
-    load_problems,
-    pad_id,
-    render_prompts,
-    stop_ids,
-)
-from harness.flags import (
-    ANY,
-    COUNT,
-    MACHINE,
-    POSITIVE,
-    SHARE,
-    add_flags,
-    defaults,
-    left_open,
-)
+from harness.cli import BIG, MANY, MOST_THREADS, TINY, Parser, check_creatable, check_new_file
+from harness.cli import complain, first_line, number, path_name, write_new_file
+from harness.data import check_fit, download_punkt, from_records, load_problems, pad_id
+from harness.data import render_prompts, stop_ids
+from harness.flags import ANY, COUNT, MACHINE, POSITIVE, SHARE, add_flags, defaults, left_open
 from harness.machine import check_device, surroundings
-from harness.models import (
-    check_head,
-    check_sampling,
-    check_supported,
-    common_vocabulary,
-    load_config,
-    load_model,
-    load_tokenizer,
-)
-from harness.pair import (
-    StudentLogProbs,
-    check_prompts,
-    open_pair,
-    open_splitter,
-    student_and_teacher,
-)
-from harness.processes import (
-    CONTROL_STREAM,
-    EVALUATION_STREAM,
-    Stopwatch,
-    batch_order,
-    gather_objects,
-    micro_batches,
-    my_share,
-    row_generator,
-)
+from harness.models import check_head, check_sampling, check_supported, common_vocabulary
+from harness.models import load_config, load_model, load_tokenizer
+from harness.pair import StudentLogProbs, check_prompts, open_pair, open_splitter
+from harness.pair import student_and_teacher
+from harness.processes import CONTROL_STREAM, EVALUATION_STREAM, Stopwatch, batch_order
+from harness.processes import gather_objects, micro_batches, my_share, row_generator
 from harness.run import Needs, Run, start
