@@ -4,10 +4,9 @@ import contextlib
 import unittest.mock
 from pathlib import Path
 
-import flags
-import preparing
 import torch
 
+import harness
 import train
 from benchmarks import machine, memory, timing
 
@@ -15,14 +14,13 @@ OPTIMIZER = {"lr": 1e-5, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.98, "clip
 MEMORY_STEPS = 3
 
 
-class Stopwatch(train.Stopwatch):
+class Stopwatch(harness.Stopwatch):
     """`train.py`'s, which goes by wall time, and in `latest` the same by `timing.clock`."""
 
-    latest: dict[str, float]
-
-    def __init__(self, device: str):
-        super().__init__(device)
-        self.now, Stopwatch.latest = timing.clock(device), {}
+    def restart(self) -> None:
+        """Forget what was charged."""
+        super().restart()
+        self.now, self.latest = timing.clock(self.device), {}
 
     def lap(self, phase: str) -> None:
         """Charge the time since the last call to `phase`."""
@@ -46,19 +44,21 @@ def pair_flags(folder: Path, args) -> list[str]:
     return words + machine_flags(args)
 
 
-def load(words: list[str]) -> preparing.Run:
+def load(words: list[str]) -> harness.Run:
     """Everything that `train.py` has in hand before its first step, with these flags."""
-    _, args = flags.parse(words)
+    tables = train.FLAGS, train.METHODS, train.PRESETS
+    _, args, origins = harness.flags.parse("train.py", *tables, words)
     machine.use_threads(args.threads)
-    run = preparing.prepare(args, rank=0, world=1)
-    preparing.load_models(run, torch.device(args.device))
+    run = harness.Run(args, origins, train.needs(args), rank=0, world=1)
+    harness.pair.load_models(run, torch.device(args.device))
+    run.watch = Stopwatch(args.device)
     return run
 
 
-def step(run: preparing.Run, number: int) -> tuple[dict, dict[str, float]]:
+def step(run: harness.Run, number: int) -> tuple[dict, dict[str, float]]:
     """The log line of a step, and its seconds by phase."""
-    with unittest.mock.patch.object(train, "Stopwatch", Stopwatch):
-        return train.train_step(run, number), Stopwatch.latest
+    run.watch.restart()
+    return train.train_step(run, number), run.watch.latest
 
 
 def peak_memory(words: list[str]) -> dict[str, float]:
@@ -67,12 +67,12 @@ def peak_memory(words: list[str]) -> dict[str, float]:
     return memory.peak_of(lambda: [train.train_step(run, n) for n in range(MEMORY_STEPS)])
 
 
-def weights_of(run: preparing.Run) -> dict[str, torch.Tensor]:
+def weights_of(run: harness.Run) -> dict[str, torch.Tensor]:
     """A copy of the student's, for `set_back`."""
     return {name: value.detach().clone() for name, value in run.model.state_dict().items()}
 
 
-def set_back(run: preparing.Run, weights: dict[str, torch.Tensor]) -> None:
+def set_back(run: harness.Run, weights: dict[str, torch.Tensor]) -> None:
     """The student as it was, and an optimizer that has seen nothing; no buffer is made anew."""
     run.model.load_state_dict(weights)
     for state in run.optimizer.state.values():

@@ -1,27 +1,25 @@
-r"""What the release rule costs: margins to keep mask, sentences alone, and both beside the teacher.
+r"""What the release rule costs: margins to keep mask, sentences, and both beside the teacher.
 
-    python benchmarks/release.py                         one thread, rollouts of up to 16k tokens
-    python benchmarks/release.py --workers 0 4 8 --layers 8 --width 512         a larger machine
+    python benchmarks/release.py                           one thread, rollouts of up to 16k tokens
+    python benchmarks/release.py --layers 8 --width 512    a larger teacher
 
-1. margins to keep mask, change points included: `grading.supervise` on the teacher's log-probs of
-   K = 4 candidates and on given sentences, in slices of `--tokens` as micro-batches come, for
-   `--rows` rollouts of each length; CPU time of the process, best of `--repeats`. In every other
-   row the margin drops somewhere. The masks of some rows are compared with another computation of
-   the rule first: plain loops in float64, every change point tried.
+1. margins to keep mask, change points included: `masks.release` on the teacher's log-probs of K = 4
+   candidates and on given sentences, in slices of `--tokens` as micro-batches come, for `--rows`
+   rollouts of each length; CPU time of the process, best of `--repeats`. In every other row the
+   margin drops somewhere. The masks of some rows are compared with another computation of the rule
+   first: plain loops in float64, every change point tried.
 
-2. splitting sentences, no teacher: `grading.Sentences` with so many workers, which remember texts
-   and decisions of other rollouts, as in a run. Measured on `--text-rows` rollouts of the longest
-   length and scaled up to `--rows`; wall time, best of `--repeats`. Texts:
+2. splitting sentences, no teacher: `teachability.token_segments`, which remembers texts and
+   decisions of other rollouts, as in a run. Measured on `--text-rows` rollouts of the longest
+   length and scaled up to `--rows`; CPU time, best of `--repeats`. Texts:
 
      toy      solutions of toy problems and the toy's tokenizer: few words, much of it remembered
      words    sentences of 4 to 30 words out of 20,000, a few far more often than most (Zipf), one
               token each, with commas, decimals and abbreviations: little to remember
 
-3. both in a grading pass: `grading.grade` with a random Qwen3 as teacher, on `--text-rows` rollouts
-   of `words` of the shortest length, with `--mask none`, and with `--mask release`, its
-   sentences split by this process (0) or by one worker. Interleaved, best of `--repeats`: wall time
-   of the pass and of its phase "mask", in which the main process waits for sentences and does part
-   1, and CPU time of the main process. `release` also reads K log-probs per token off the teacher.
+3. both in a scoring pass: `train.score` with a random Qwen3 as teacher, on `--text-rows` rollouts
+   of `words` of the shortest length, with `--mask none` and with `--mask release`, its sentences
+   included. In turns, best of `--repeats`, CPU time.
 """
 
 import argparse
@@ -31,6 +29,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -40,24 +39,15 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import grading  # noqa: E402
-
 import harness  # noqa: E402
+import masks  # noqa: E402
 import rollout  # noqa: E402
 import teachability  # noqa: E402
 import toy  # noqa: E402
+import train  # noqa: E402
 from benchmarks import machine, shapes, tables  # noqa: E402
 
 K, PROMPT = 4, 64  # candidates; tokens before the response
-
-
-def flags(mask: str, tokens: int) -> argparse.Namespace:
-    """What `grading` reads of the flags of `train.py`, at their defaults."""
-    return argparse.Namespace(
-        mask=mask, objective="pg", lookahead="off", budget="release", prefix_tokens=0,
-        margin="logprob", margin_top_k=K, margin_min_entropy=0.0, min_segments=2, bic_eps=1e-12,
-        union_top_k=20, micro_batch=0, tokens_per_micro_batch=tokens,
-    )  # fmt: skip
 
 
 def make_batch(ids_BT: torch.Tensor, vocabulary: int, generator) -> rollout.Rollout:
@@ -113,7 +103,7 @@ def keep_by_definition(logp_TK: np.ndarray, segment_T: np.ndarray) -> np.ndarray
 
 def measure_masks(args, length: int) -> tuple[float, float]:
     """(CPU seconds for `args.rows` responses of so many tokens, share of them that were cut)."""
-    settings, best = flags("release", args.tokens), math.inf
+    best = math.inf
     slice_rows = max(1, args.tokens // length)
     for _ in range(args.repeats):
         generator, seconds, cut = torch.Generator().manual_seed(length), 0.0, 0
@@ -121,7 +111,7 @@ def measure_masks(args, length: int) -> tuple[float, float]:
             rows = min(slice_rows, args.rows - first)
             batch, logp_BTK, segments = make_margins(rows, length, generator)
             start = time.process_time()
-            choice = grading.supervise(batch, logp_BTK, None, segments, settings)
+            choice = masks.release(batch.response_mask_BT, logp_BTK, segments)
             seconds += time.process_time() - start
             cut += int(choice.released_B.sum())
             if best == math.inf and first < args.check:  # the first round checks
@@ -182,69 +172,54 @@ class Words:
         return ids[:length]
 
 
-def start_splitting(text, workers: int) -> grading.Sentences:
-    """What splits sentences in a run."""
-    return grading.Sentences(text.tokenizer, teachability.sentence_splitter("auto")[0], workers)
+def split(text, splitter, ids: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The sentences of some responses, as in a run."""
+    return [teachability.token_segments(text.tokenizer, ids_T, splitter) for ids_T in ids]
 
 
-def measure_splitting(args, text) -> dict[int, tuple[float, float]]:
-    """By number of workers: (characters per second, seconds for `args.rows` responses)."""
-    length = max(args.lengths)
-    splitters = {workers: start_splitting(text, workers) for workers in args.workers}
-    best = dict.fromkeys(args.workers, (0.0, math.inf))
+def measure_splitting(args, text) -> tuple[float, float]:
+    """(characters per second, seconds for `args.rows` responses)."""
+    length, best = max(args.lengths), (0.0, math.inf)
+    splitter, _ = teachability.sentence_splitter("auto")
     for repeat in range(args.repeats + 1):
-        ids = [np.array(text.ids(length), dtype=np.int32) for _ in range(args.text_rows)]
+        ids = [torch.tensor(text.ids(length)) for _ in range(args.text_rows)]
         characters = sum(len(text.tokenizer.decode(ids_T)) for ids_T in ids)
-        for workers, sentences in splitters.items():
-            start = time.perf_counter()
-            sentences.begin(ids)()
-            seconds = time.perf_counter() - start
-            if repeat:  # the first fills the memories
-                figures = characters / seconds, seconds * args.rows / args.text_rows
-                best[workers] = max(best[workers], figures)
-    for sentences in splitters.values():
-        sentences.close()
+        start = time.process_time()
+        split(text, splitter, ids)
+        seconds = time.process_time() - start
+        if repeat:  # the first fills the memories
+            best = max(best, (characters / seconds, seconds * args.rows / args.text_rows))
     return best
 
 
 # ------------------------------------------------------------------------------- with a teacher
-def measure_grading(args, text) -> dict[str, dict[str, float]]:
-    """Best seconds of a whole grading pass, by way: wall, phase "mask", CPU of this process."""
-    length = min(args.lengths)
-    ways = {"none": ("none", 0), "release, 0": ("release", 0), "release, 1": ("release", 1)}
-    # before the model, as in train.py
-    splitters = {name: start_splitting(text, workers) for name, (_, workers) in ways.items()}
-    width = args.width
+def measure_scoring(args, text) -> dict[str, dict[str, float]]:
+    """Best CPU seconds of a scoring pass by mask: of all of it, and of its sentences."""
+    length, width = min(args.lengths), args.width
     shape = shapes.Shape(args.layers, width, 4, 2, max(16, width // 4), 3 * width, Words.SIZE)
     teacher = shapes.random_model(shape, PROMPT + length, tie_word_embeddings=True)
+    splitter, _ = teachability.sentence_splitter("auto")
     generator = torch.Generator().manual_seed(0)
-    best = {name: dict.fromkeys(("wall", "mask", "cpu"), math.inf) for name in ways}
+    best = {mask: {"all": math.inf, "sentences": math.inf} for mask in ("none", "release")}
     for repeat in range(args.repeats + 1):
         ids_BT = torch.tensor([[0] * PROMPT + text.ids(length) for _ in range(args.text_rows)])
         batch = make_batch(ids_BT, Words.SIZE, generator)
-        for name, (mask, _) in ways.items():
-            seconds = grade_once(teacher, batch, flags(mask, args.tokens), splitters[name])
+        for mask in best:
+            _, flags, _ = harness.flags.parse(
+                "train.py", train.FLAGS, train.METHODS, train.PRESETS,
+                ["--mask", mask, "--tokens-per-micro-batch", str(args.tokens)],
+            )  # fmt: skip
+            run = SimpleNamespace(args=flags, teacher=teacher, vocab_size=Words.SIZE,
+                                  needs=train.needs(flags), watch=harness.Stopwatch("cpu"))
+            start, segments = time.process_time(), None
+            if mask == "release":
+                segments = split(text, splitter, ids_BT[:, PROMPT:])
+            splitting = time.process_time() - start
+            train.score(run, batch, segments)
+            seconds = {"all": time.process_time() - start, "sentences": splitting}
             if repeat:  # the first fills the memories
-                best[name] = {key: min(best[name][key], seconds[key]) for key in seconds}
-    for sentences in splitters.values():
-        sentences.close()
+                best[mask] = {key: min(best[mask][key], seconds[key]) for key in seconds}
     return best
-
-
-def grade_once(teacher, batch, settings, sentences) -> dict[str, float]:
-    """Seconds of one grading pass."""
-    phases, last, cpu = {}, time.perf_counter(), time.process_time()
-    start = last
-
-    def lap(phase: str) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        phases[phase] = phases.get(phase, 0.0) + now - last
-        last = now
-
-    grading.grade(teacher, batch, settings, sentences=sentences, vocab_size=Words.SIZE, lap=lap)
-    wall = time.perf_counter() - start
-    return {"wall": wall, "mask": phases["mask"], "cpu": time.process_time() - cpu}
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -264,31 +239,26 @@ def show_masks(args) -> dict[str, float]:
 def show_splitting(args, texts: dict) -> dict[str, float]:
     """Part 2."""
     print(f"\nsplitting {args.rows} x {max(args.lengths)} tokens, from {args.text_rows} rows")
-    tables.print_head(*"text workers MB_per_s s".split())
+    tables.print_head(*"text MB_per_s s".split())
     figures = {}
     for name, text in texts.items():
-        for workers, (speed, seconds) in measure_splitting(args, text).items():
-            tables.print_row(name, workers, f"{speed / 1e6:.2f}", f"{seconds:.1f}")
-            figures[f"split_mb_per_s_{name}_{workers}"] = speed / 1e6
+        speed, seconds = measure_splitting(args, text)
+        tables.print_row(name, f"{speed / 1e6:.2f}", f"{seconds:.1f}")
+        figures[f"split_mb_per_s_{name}"] = speed / 1e6
     return figures
 
 
-def show_grading(args, text) -> dict[str, float]:
+def show_scoring(args, text) -> dict[str, float]:
     """Part 3."""
-    best = measure_grading(args, text)
-    print(f"\na grading pass over {args.text_rows} x {min(args.lengths)} tokens; the teacher has "
+    best = measure_scoring(args, text)
+    print(f"\na scoring pass over {args.text_rows} x {min(args.lengths)} tokens; the teacher has "
           f"{args.layers} layers of width {args.width}, V = {Words.SIZE}")  # fmt: skip
-    tables.print_head("mask, workers", "s", "mask_s", "over_none", "cpu_over_none")
-    figures = {}
+    tables.print_head("mask", "s", "sentences_s", "over_none")
     for name, row in best.items():
-        over = {key: row[key] / best["none"][key] for key in ("wall", "cpu")}
-        tables.print_row(name, f"{row['wall']:.3f}", f"{row['mask']:.4f}", f"{over['wall']:.3f}",
-                         f"{over['cpu']:.3f}")  # fmt: skip
-        if name != "none":
-            workers = name[-1]
-            figures |= {f"over_none_{workers}": over["wall"]}
-            figures |= {f"mask_share_{workers}": row["mask"] / row["wall"]}
-    return figures
+        over = row["all"] / best["none"]["all"]
+        tables.print_row(name, f"{row['all']:.3f}", f"{row['sentences']:.4f}", f"{over:.3f}")
+    share = best["release"]["sentences"] / best["release"]["all"]
+    return {"over_none": over, "sentences_share": share}
 
 
 @torch.no_grad()
@@ -301,7 +271,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--tokens", type=int, default=32768, help="as train.py --tokens-per-micro-batch")
     add("--check", type=int, default=4, help="rows whose masks are computed again, per length")
     add("--text-rows", type=int, default=4, help="rollouts of parts 2 and 3")
-    add("--workers", type=int, nargs="+", default=[0, 1, 2], help="of part 2")
     add("--layers", type=int, default=1, help="of the teacher of part 3")
     add("--width", type=int, default=64, help="of the teacher of part 3")
     add("--repeats", type=int, default=5)
@@ -312,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     figures = show_masks(args)
     texts = {"toy": Toy(), "words": Words()}
     figures |= show_splitting(args, texts)
-    figures |= show_grading(args, texts["words"])
+    figures |= show_scoring(args, texts["words"])
     tables.print_json(figures, 4)
 
 

@@ -43,7 +43,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
+from harness import checkpoint  # noqa: E402
 
 COMMON = (
     "--difficulty 6 --steps 24 --prompts-per-step 16 --eval-every 4 --eval-count 16 "

@@ -27,11 +27,11 @@ import dataclasses
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import fast.decode
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import fast.decode
 import harness
 import lgr
 import logprobs

@@ -4,9 +4,9 @@ weights, the optimizer and its schedule."""
 import hashlib
 import json
 
-import fast.decode
 import torch
 
+import fast.decode
 import fast.head
 import logprobs
 import teachability

@@ -1,6 +1,8 @@
-"""Every concept file works alone: copied into an empty folder, its doctests pass there."""
+"""The house: leaves work alone, rooms import only what they may, files keep to their budgets."""
 
 import ast
+import doctest
+import importlib
 import re
 import shutil
 import subprocess
@@ -17,11 +19,30 @@ LEAVES = {  # the only packages that each may import besides the standard librar
     "logprobs.py": {"torch"},
     "rollout.py": {"torch"},
     "lgr.py": {"torch"},
-    "controls.py": {"torch"},
-    "metrics.py": {"torch"},
-    "curves.py": {"numpy"},
-    "checkpoint.py": {"torch", "numpy", "safetensors"},
 }
+LINES = {  # at most, docstrings and blank lines included
+    "README.md": 220, "train.py": 340, "rollout.py": 240, "logprobs.py": 220,
+    "teachability.py": 265, "release_rule.py": 120, "lgr.py": 250, "masks.py": 220, "answers.py": 250, "evaluate.py": 300,
+    "harness": 2200, "fast": 450, "toy": 750, "diagnose": 2000, "examples": 400,
+}  # fmt: skip
+ROOMS = {"harness", "fast", "toy", "diagnose", "benchmarks", "examples"}
+OURS = ROOMS | {name[:-3] for name in LINES if name.endswith(".py")}
+MAY_IMPORT = {  # of ours
+    "masks.py": {"release_rule", "teachability"},
+    "evaluate.py": {"answers", "harness", "rollout", "toy"},
+    "train.py": {"evaluate", "harness", "lgr", "logprobs", "masks", "rollout"},
+    "fast": {"logprobs"},
+    "harness": {"harness", "fast", "toy", "logprobs", "rollout", "teachability"},
+    "toy": {"toy", "harness", "evaluate"},
+    "diagnose": {"diagnose", "evaluate", "fast", "harness", "toy", "lgr", "logprobs",
+                 "release_rule", "rollout", "teachability"},
+    "examples": {"lgr", "logprobs", "masks", "teachability"},
+}  # fmt: skip
+
+
+def files(name):
+    """The Python files of a room, or the file."""
+    return sorted((ROOT / name).glob("*.py")) if (ROOT / name).is_dir() else [ROOT / name]
 
 
 def imports(path):
@@ -35,11 +56,14 @@ def imports(path):
     return found
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", [*LEAVES, "masks.py"])
 def test_alone_in_an_empty_folder(name, tmp_path):
-    shutil.copy(ROOT / name, tmp_path)
-    done = subprocess.run([sys.executable, "-I", "-m", "doctest", "-v", name], cwd=tmp_path,
-                          capture_output=True, text=True)
+    """masks.py needs two neighbours: "copy three files"."""
+    for file in {name} | {f"{x}.py" for x in MAY_IMPORT.get(name, ())}:
+        shutil.copy(ROOT / file, tmp_path)
+    alone = [] if name == "masks.py" else ["-I"]
+    done = subprocess.run([sys.executable, *alone, "-m", "doctest", "-v", name], cwd=tmp_path,
+                          capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "\n0 failed" in done.stdout or " passed" in done.stdout
     assert "Expecting" in done.stdout, "it must have doctests"
@@ -50,28 +74,65 @@ def test_leaf_imports_only_what_it_may(name):
     assert imports(ROOT / name) - set(sys.stdlib_module_names) <= LEAVES[name]
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", [*LEAVES, "masks.py"])
 def test_leaf_never_prints_parses_or_talks_to_other_processes(name):
     tree = ast.parse((ROOT / name).read_text())
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert "print" not in names and "distributed" not in attributes
+    assert "print" not in names and not {"distributed", "args"} & (attributes | names)
     assert not imports(ROOT / name) & {"argparse", "logging"}
 
 
-def test_doctests_of_the_scripts():
-    names = "train grading evaluate diagnose probing measuring report pictures"
-    for name in (f"{name}.py" for name in names.split()):
-        command = [sys.executable, "-m", "doctest", name]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_rooms_import_only_what_they_may(room):
+    for path in files(room):
+        assert imports(path) & OURS <= MAY_IMPORT[room], path
 
 
-def test_nothing_but_tests_imports_train():
-    for path in ROOT.glob("*.py"):
-        assert "train" not in imports(path), path.name
+def test_nothing_but_tests_and_benchmarks_imports_train():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
+        if path.parent.name not in ("tests", "benchmarks"):
+            assert "train" not in imports(path), path
 
 
-def test_the_readme_lists_every_file_and_no_other():
-    rows = re.findall(r"^\| `(\w+\.py)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert sorted(rows) == sorted(path.name for path in ROOT.glob("*.py"))
+@pytest.mark.parametrize("name", LINES)
+def test_lines_are_within_the_budget(name):
+    counts = {path: len(path.read_text().splitlines()) for path in files(name)}
+    assert sum(counts.values()) <= LINES[name], counts
+    most = LINES[name] if (ROOT / name).is_file() else 450
+    assert max(counts.values()) <= most
+
+
+def test_no_benchmark_is_longer_than_400_lines():
+    counts = {path.name: len(path.read_text().splitlines()) for path in files("benchmarks")}
+    assert {name: n for name, n in counts.items() if n > 400} == {}
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "harness", "toy", "fast"])
+def test_doctests(name):
+    """Of the leaves: above. Of diagnose/ and benchmarks/: beside their tests."""
+    for path in files(name if (ROOT / name).is_dir() else f"{name}.py"):
+        if path.stem != "__main__":
+            whole = name if path.parent == ROOT else f"{name}.{path.stem}"
+            module = importlib.import_module(whole.removesuffix(".__init__"))
+            assert doctest.testmod(module).failed == 0, whole
+
+
+def test_the_readme_lists_every_file_with_its_lines():
+    rows = re.findall(r"^\| \[?`([\w./]+)`.*?\| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    wanted = {path.name for path in ROOT.glob("*.py")} | {f"{room}/" for room in ROOMS}
+    assert {name for name, _ in rows} == wanted - {"benchmarks/"}
+    for name, lines in rows:
+        count = sum(len(path.read_text().splitlines()) for path in files(name.rstrip("/")))
+        assert int(lines) == count, f"README.md: {name} has {count} lines"
+
+
+def test_the_readme_is_small():
+    assert len((ROOT / "README.md").read_bytes()) <= 14 * 1024
+
+
+def test_links_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page}: {link}"

@@ -7,10 +7,8 @@ import socket
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import nltk
-import preparing
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -338,7 +336,7 @@ def no_data(monkeypatch):
 
 
 def open_splitter(kind):
-    return preparing.open_splitter(SimpleNamespace(splitter=kind))
+    return harness.open_splitter(kind)
 
 
 def test_download_offline_is_silent_and_falls_back(no_data, monkeypatch, capfd):

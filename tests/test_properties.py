@@ -19,36 +19,30 @@ PACKAGES = ("harness", "fast", "toy", "diagnose")
 ELSEWHERE = {
     "release_rule.release_point": (
         "test_release_rule.py", "test_release_point_keeps_what_change_point_keeps"),
-    "controls.apportion": (
-        "test_controls.py",
-        "test_apportion_meets_the_total_within_the_capacities_and_close_to_the_wishes"),
-    "controls.spend": (
-        "test_controls.py",
-        "test_every_control_spends_the_whole_budget_however_rows_are_shared_out"),
-    "grading.micro_batches": (
-        "test_grading.py", "test_micro_batches_hold_every_row_once_and_keep_to_their_limits"),
+    "masks.spend": (
+        "test_masks.py", "test_every_control_spends_the_whole_budget_however_rows_are_shared_out"),
+    "harness.micro_batches": (
+        "test_micro_batches.py", "test_micro_batches_hold_every_row_once_and_keep_to_their_limits"),
     "lgr.lookahead_confidence": (
         "test_lgr.py", "test_any_ragged_batch_equals_a_forward_pass_per_candidate"),
     "lgr.group_reward": ("test_lgr.py", "test_any_group_equals_exact_arithmetic"),
     "answers.extract_answer": ("test_answers.py", "test_extract_answer_takes_any_text"),
     "answers.is_correct": ("test_answers.py", "test_is_correct_is_reflexive_and_never_raises"),
-    "answers.normalise": ("test_answers.py", "test_is_correct_is_reflexive_and_never_raises"),
-    "answers.value": ("test_answers.py", "test_fractions_and_decimals_are_compared_by_value"),
 }  # fmt: skip
 
 EXEMPT = {
     "records without behaviour": "release_rule.ChangePoint logprobs.TokenStats rollout.Rollout "
-    "grading.Supervision grading.Lookahead toy.World toy.Stage preparing.Run flags.Method "
-    "preparing.Position checkpoint.Checkpoint train.Resume diagnose.Options diagnose.Job",
+    "toy.World toy.Stage harness.Position harness.Checkpoint diagnose.Options diagnose.Job",
     "commands, run with bad and good flags by the tests of their files": "evaluate.main "
-    "evaluate.run toy.main toy.run toy.parse toy.print_tables train.main train.train_and_save",
-    "begin, resume and end the command; tests/test_resume.py kills and starves it": "train.guarded "
-    "train.set_up train.load_and_begin train.begin_folder train.find_resume train.give_up "
-    "train.end_when_told train.end_with_error",
-    "train models for minutes, or evaluate them all": "toy.fit toy.spoil toy.rebuild "
+    "evaluate.run toy.main toy.run toy.parse train.main",
+    "begin, resume and end the command; test_resume.py kills and starves it": "harness.start "
+    "harness.open_run harness.written_down harness.end_when_told harness.end_with_error "
+    "harness.raise_on_all_ranks",
+    "train models for minutes, or evaluate them all": "toy.fit toy.spoil toy.build "
     "toy.build_world toy.train_models toy.table",
-    "join a process group": "train.start_processes",
+    "join a process group": "harness.start_processes",
 }
+
 
 def public_names():
     """ "file.name", or "package.name", of every function and class without a leading underscore."""

@@ -23,7 +23,6 @@ from properties import (
     tiny,
 )
 
-import lgr
 import rollout
 from fast.decode import decode as fast_decode
 
@@ -126,24 +125,6 @@ def test_bad_input_of_generate(data, prompts):
     assert out.response_mask_BT.any(dim=1).all()
     if name == "prompts":
         assert all(out.ids_BT[row, : len(p)].tolist() == list(p) for row, p in enumerate(number))
-
-
-@prop("lgr.check_model", examples=60, longest=st.integers(1, 600),
-      window=st.none() | st.integers(1, 600),
-      kind=st.sampled_from(["full_attention", "sliding_attention", "chunked_attention"]),
-      implementation=st.sampled_from(["sdpa", "eager", "flash_attention_2"]))
-def test_models_are_refused_for_what_their_config_says(longest, window, kind, implementation):
-    model = copy.copy(tiny("qwen3"))
-    model.config = copy.deepcopy(model.config)
-    model.config.sliding_window, model.config.layer_types = window, [kind, "full_attention"]
-    model.config._attn_implementation = implementation
-    too_wide = kind == "sliding_attention" and window is not None and longest > window
-    bad = implementation not in ("sdpa", "eager") or kind == "chunked_attention"
-    try:
-        lgr.check_model(model, longest)
-        assert not (too_wide or bad)
-    except ValueError:
-        assert too_wide or bad
 
 
 @prop("rollout.SlotCache", examples=60, slots=st.integers(1, 4), columns=st.integers(1, 6),
