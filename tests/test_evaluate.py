@@ -176,6 +176,15 @@ def test_sample_answers_tells_every_response_and_passes_decode_on(monkeypatch):
     assert sum(told) == 18 and max(told) == 1
 
 
+def test_a_problem_without_an_answer_has_no_right_one():
+    class Says:
+        def decode(self, ids, **options):
+            return r"\boxed{None}"
+
+    assert not evaluate.check_answer(Says(), [1], {"answer": None}, [1])["correct"]
+    assert evaluate.check_answer(Says(), [1], {"answer": "None"}, [1])["correct"]
+
+
 def test_truncation_is_the_last_token_and_not_the_length():
     tokenizer = byte_tokenizer()
     always = sample(ask("a"), stop_ids=range(len(tokenizer)), max_new_tokens=1)[0]
@@ -282,6 +291,33 @@ def test_errors_name_the_culprit_before_weights_are_read(
         assert err.startswith("evaluate.py: error: ") and err.count("\n") == 1, err
         assert what in err, err
     assert (tmp_path / "there.json").read_text() == "mine"
+
+
+def test_every_flag_reaches_what_it_is_for(capsys, monkeypatch, folder, problems_file):
+    seen, threads = {}, []
+
+    def spied(function):
+        def spy(*args, **options):
+            seen.update(options)
+            return function(*args, **options)
+
+        return spy
+
+    for module, name in ((harness, "load_model"), (harness, "render_prompts"),
+                         (evaluate, "sample_answers"), (evaluate, "summarise")):  # fmt: skip
+        monkeypatch.setattr(module, name, spied(getattr(module, name)))
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    flags = "--count 2 --samples 3 --max-new-tokens 4 --temperature 0.5 --batch-size 5 --seed 6 "
+    flags += "--dtype bfloat16 --device cpu --thinking --trust-remote-code --allow-bin --threads 1"
+    code, _, err = main(capsys, "--model", folder, "--problems", problems_file, *flags.split())
+    assert code == 0, err
+    expected = {"samples": 3, "max_new_tokens": 4, "temperature": 0.5, "batch_size": 5, "seed": 6,
+                "dtype": torch.bfloat16, "device": "cpu", "thinking": True,
+                "trust_remote_code": True, "allow_bin": True, "uncertain": "",
+                "vocab_size": len(byte_tokenizer())}  # fmt: skip
+    assert {name: seen[name] for name in expected} == expected
+    assert seen["generator"].initial_seed() == 6 and threads == [1]
+    assert len(seen["problems"]) == len(seen["prompts"]) == 2
 
 
 def test_defaults_of_the_toy(capsys):
