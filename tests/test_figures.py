@@ -157,7 +157,7 @@ def test_spread(heights):
 
 
 def test_same_defaults_as_the_code():
-    """The figures name defaults and difficulties; train.py and toy.py decide them."""
+    """The figures name defaults and difficulties; train.py and toy decide them."""
     import toy
     from flags import FLAGS, METHODS
 
