@@ -12,9 +12,9 @@ import torch
 from hypothesis import strategies as st
 from properties import NAN, prop, seeded, seeds
 
-import train
 from harness import checkpoint
 from harness.log import Log, check_log
+from harness.processes import raise_on_all_ranks
 from harness.signals import Interruptions, Stop
 
 # ---------------------------------------------------------------------------------- a run's folder
@@ -38,8 +38,8 @@ def test_a_config_comes_back_and_knows_every_difference(flags, other):
     assert len(checkpoint.changed_flags(config, other)) == len(differ)
 
 
-@prop("harness.Log", "harness.check_log", examples=60, lines=st.lists(any_line, max_size=5),
-      more=st.lists(any_line, max_size=3), keep=st.integers(0, 5), torn=st.binary(max_size=5))
+@prop("harness.Log", "harness.check_log", "harness.lock", "harness.name_the_path", examples=60,
+      lines=st.lists(any_line, max_size=5), more=st.lists(any_line, max_size=3), keep=st.integers(0, 5), torn=st.binary(max_size=5))
 def test_a_log_is_cut_at_any_line_and_keeps_the_rest_beside_it(lines, more, keep, torn):
     with tempfile.TemporaryDirectory() as folder:
         path, log = Path(folder, "harness.jsonl"), Log(Path(folder))
@@ -149,7 +149,7 @@ def test_a_stop_is_raised_once_at_the_first_moment_that_is_not_held(events):
 
 
 @prop("harness.write_fault", "harness.first_fault", "harness.forget_faults",
-      "harness.replace_folder", "train.together", examples=30,
+      "harness.replace_folder", "harness.raise_on_all_ranks", examples=30,
       texts=st.lists(st.text("abc: ", min_size=1).filter(str.strip), min_size=1, max_size=4))
 def test_the_first_error_is_kept_and_results_are_replaced_whole(texts):
     with tempfile.TemporaryDirectory() as folder:
@@ -167,6 +167,6 @@ def test_the_first_error_is_kept_and_results_are_replaced_whole(texts):
     def work():
         raise OSError(texts[0])
 
-    assert train.together(lambda: texts) is texts  # alone, it is the same but for the error's type
+    assert raise_on_all_ranks(lambda: texts) is texts  # alone, it is the same but for the error's type
     with pytest.raises(ValueError, match=re.escape(texts[0])):
-        train.together(work)
+        raise_on_all_ranks(work)

@@ -22,7 +22,8 @@ LEAVES = {  # the only packages that each may import besides the standard librar
 }
 LINES = {  # at most, docstrings and blank lines included
     "README.md": 220, "train.py": 340, "rollout.py": 240, "logprobs.py": 220,
-    "teachability.py": 265, "release_rule.py": 120, "lgr.py": 250, "masks.py": 220, "answers.py": 250, "evaluate.py": 300,
+    "teachability.py": 265, "release_rule.py": 120, "lgr.py": 250, "masks.py": 220,
+    "answers.py": 250, "evaluate.py": 300,
     "harness": 2200, "fast": 450, "toy": 750, "diagnose": 2000, "examples": 400,
 }  # fmt: skip
 ROOMS = {"harness", "fast", "toy", "diagnose", "benchmarks", "examples"}

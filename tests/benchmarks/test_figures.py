@@ -156,10 +156,11 @@ def test_spread(heights):
 
 
 def test_same_defaults_as_the_code():
-    """The figures name defaults and difficulties; train.py and toy.py decide them."""
+    """The figures name defaults and difficulties; train.py and toy decide them."""
     from flags import FLAGS, METHODS
 
     import toy
+
 
     defaults = {flag: default for flags in FLAGS.values() for flag, default, *_ in flags}
     for flag, (world, method, default, _, numeric) in points.SENSITIVITY.items():

@@ -5,6 +5,7 @@ import doctest
 import functools
 import hashlib
 import importlib
+import json
 import random
 import re
 import runpy
@@ -88,6 +89,10 @@ def test_answers_agree_with_a_simulation(moves, split):
         assert len(re.findall("Move", problem["problem"])) == moves
         response = toy.dial_response(problem)
         assert response.endswith(f"The dial stops at \\boxed{{{problem['answer']}}}.")
+
+
+def test_a_response_may_be_half_as_long_again_as_the_right_one():
+    assert [toy.response_limit(moves) for moves in (1, 6, 12)] == [42, 124, 223]  # of 28, 83, 149
 
 
 def test_reverse_answers():
@@ -348,6 +353,9 @@ def test_worlds():
     with pytest.raises(ValueError, match="'nowhere'.*horizon.*clean"):
         toy.world("nowhere")
     assert toy.SHIPPED == ("horizon", "clean", "fork", "fork-mirror", "varied", "confident")
+    unsure = {name: w.uncertain for name, w in toy.WORLDS.items() if w.uncertain}
+    assert unsure.pop("fork-mirror") == "so"
+    assert unsure == dict.fromkeys(["fork", "mire", "fork-0.1", "fork-0.25", "fork-1.0"], "thus")
 
 
 def test_graded_worlds():
@@ -383,7 +391,7 @@ def test_the_readme_lists_every_world():
     assert listed == {name: (w.moves, w.shipped) for name, w in toy.WORLDS.items()}
 
 
-def test_a_missing_model_names_its_command(tmp_path):
+def test_a_missing_model_names_its_command(tmp_path, monkeypatch):
     for name, world in (("horizon-0.1", "horizon-0.1"), ("fork-student", "fork")):
         assert toy.build_command(toy.ASSETS / name) == f"python -m toy --world {world}"
         command = f"python -m toy --world {world} --out {tmp_path}"
@@ -391,6 +399,8 @@ def test_a_missing_model_names_its_command(tmp_path):
             build.load(tmp_path / name)
         assert str(caught.value).endswith(f"; build it with: {command}")
     assert toy.build_command(toy.ASSETS / "nowhere") == "python -m toy"
+    monkeypatch.chdir(ROOT)  # the same folder by another name
+    assert toy.build_command("assets/toy/clean") == "python -m toy --world clean"
 
 
 FORKS = ["fork", "fork-student", "fork-mirror", "fork-mirror-student"]
@@ -512,7 +522,7 @@ def test_building_is_deterministic_for_a_seed(tmp_path, monkeypatch):
     assert len({sums[name] for sums in (first, other) for name in weights}) == 6
 
 
-def test_every_model_is_trained_as_the_committed_ones_were(tmp_path, stages):
+def test_every_model_is_trained_as_the_committed_ones_were(tmp_path, tokenizer, stages):
     build.rebuild(tmp_path, names=toy.WORLDS, seed=20)
     assert {name: (seed, stage.steps) for name, (seed, stage) in stages.items()} == {
         "student 0": (21, 3000), "student 1": (21, 200), "clean 0": (20, 1800),
@@ -531,10 +541,21 @@ def test_every_model_is_trained_as_the_committed_ones_were(tmp_path, stages):
         student, teacher = ((tmp_path / folder.name / "model.safetensors").stat().st_size
                             for folder in (w.student, w.teacher))  # fmt: skip
         assert student < teacher
+    for name in MODELS:
+        for file in ("config.json", "generation_config.json"):
+            made, committed = (json.loads((folder / name / file).read_text())
+                               for folder in (tmp_path, toy.ASSETS))  # fmt: skip
+            same = committed.keys() & made.keys() - {"transformers_version"}
+            assert {key: made[key] for key in same} == {key: committed[key] for key in same}
+            assert {"initializer_range", "rope_parameters"} <= same or {"top_k", "top_p"} <= same
+    for name, seed, size in (("student", 21, build.STUDENT_SIZE), ("clean", 20, {})):
+        start = build.build_model(tokenizer, seed=seed, **size).bfloat16().state_dict()
+        saved = build.load(tmp_path / name)[0].state_dict()
+        assert all(torch.equal(start[key].float(), saved[key]) for key in saved)
 
 
 def test_the_rate_rises_for_50_steps_and_falls_from_half_way(monkeypatch):
-    rates, made = [], []
+    rates, made, drawn = [], [], []
 
     class Recorded(torch.optim.AdamW):
         def __init__(self, parameters, *how, **more):
@@ -556,9 +577,14 @@ def test_the_rate_rises_for_50_steps_and_falls_from_half_way(monkeypatch):
             return SimpleNamespace(loss=9 * self.weight.sum())
 
     monkeypatch.setattr(torch.optim, "AdamW", Recorded)
-    monkeypatch.setattr(build, "training_batch", lambda *a: (None, None))
-    model = Model()
-    assert build.fit(model, None, build.Stage(200, 0.5), seed=0) is model
+    def training_batch(tokenizer, rng, stage, step):
+        drawn.append((step, rng.random()))
+        return None, None
+
+    monkeypatch.setattr(build, "training_batch", training_batch)
+    model, rng = Model(), random.Random("teacher 0 7")  # the stream of the committed weights
+    assert build.fit(model, None, build.Stage(200, 0.5), seed=7, name="teacher 0") is model
+    assert drawn == [(step, rng.random()) for step in range(200)]
     assert made == [((0.5, (0.9, 0.98)), {"weight_decay": 0.01})]
     expected = [0.5 * (step + 1) / 50 for step in range(50)] + [0.5] * 50
     expected += [0.5 * (200 - step) / 100 for step in range(100, 200)]
