@@ -1,23 +1,17 @@
-"""A run folder, and how a run goes on from it bit for bit, whatever ended it.
+"""A run folder, and checkpoints from which a run goes on bit for bit, whatever ended it.
 
     runs/release-seed0/
-        config.json                every flag, what the numbers depended on, when it was resumed
+        config.json                every flag, what the numbers depend on, when it was resumed
         log.jsonl                  one line per step or evaluation
         log.dropped.jsonl          lines of steps that a resumed run does again
         checkpoints/step-00000020/ student, optimizer (safetensors), facts.json, checksums.json
         student/                   the result, in Hugging Face format
         faults/                    what a run that failed left to look at
 
-Reading key
-    partial   files and folders are written beside their place, forced to the disk (fsync), then
-              renamed into it: under its final name nothing is ever half there
-    torn      a checkpoint whose files do not have the SHA-256 that checksums.json says; disks and
-              copies do that. It is set aside (`.torn`), with a warning, and the one before serves
-    stop      SIGTERM, Ctrl-C or SIGHUP: an exception, raised where the run can be written down
-    facts     what is no tensor: step, length of the log, scheduler, random numbers of every
-              process. JSON, for nothing here is ever unpickled
-Names come from this file and never from what it reads, and links inside a run folder are refused,
-so nothing outside it is read, written or deleted.
+Files and folders are written under another name (`.partial`), forced to the disk, then renamed:
+nothing is half there under its final name. A checkpoint whose SHA-256 sums do not agree is set
+aside (`.torn`), and the one before serves. What is not a tensor is JSON; nothing is unpickled. No
+name comes from what is read, and links in a run folder are refused: nothing outside is touched.
 """
 
 import base64
@@ -97,11 +91,8 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_config(out: Path) -> dict | None:
-    """config.json of a run that began there; None where there is none yet.
-
-    Raises:
-        ValueError: it is there, and is not the JSON object that `write_json` left.
-    """
+    """config.json of a run that began there; None where there is none yet. ValueError: it is not
+    the JSON object that `write_json` left."""
     path = Path(out) / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -166,11 +157,8 @@ def forget_faults(out: Path) -> None:
 
 
 def replace_folder(out: Path, name: str, fill) -> None:
-    """Have `fill(folder)` write a folder, then put it in the place of <out>/<name>.
-
-    Raises:
-        OSError: it cannot be written; what was in its place still is.
-    """
+    """Have `fill(folder)` write a folder, then put it in the place of <out>/<name>. OSError: it
+    cannot be written; what was there still is."""
     target, partial, old = out / name, out / f"{name}.partial", out / f"{name}.old.partial"
     with name_the_path(target):
         _remove(partial)
@@ -188,7 +176,7 @@ def replace_folder(out: Path, name: str, fill) -> None:
 # -------------------------------------------------------------------------------- checkpoints
 @dataclass
 class Checkpoint:
-    """What was read: `groups` of tensors by name, and the `facts`, as they were written."""
+    """What was read, as it was written."""
 
     groups: dict[str, dict[str, torch.Tensor]]
     facts: dict
@@ -197,16 +185,9 @@ class Checkpoint:
 def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> Path:
     """Write a checkpoint, then delete all but the newest `keep` of them.
 
-    Args:
-        out: the run folder.
-        step: its number; a whole checkpoint of the same step is left as it is.
-        groups: tensors, {file name without suffix: {name: tensor}}; a group is copied to the CPU,
-            one at a time, while it is written.
-        facts: whatever JSON can spell.
-    Returns its folder.
-
-    Raises:
-        OSError: it cannot be written; what there was remains, and nothing half-written does.
+    step: its number; a whole checkpoint of the same step is left as it is. groups: tensors, {file
+    name without suffix: {name: tensor}}. facts: whatever JSON can spell. Returns its folder.
+    OSError: it cannot be written; what there was remains, and nothing half-written does.
     """
     folder = Path(out) / "checkpoints"
     target = folder / f"step-{step:08d}"
@@ -305,11 +286,8 @@ def capture(model, optimizer, scheduler=None) -> tuple[dict, dict]:
 
 
 def restore(checkpoint: Checkpoint, model, optimizer, scheduler=None) -> None:
-    """Put back what `capture` took, into objects that were built as those were.
-
-    Raises:
-        ValueError: a tensor is missing, is not wanted or has another shape.
-    """
+    """Put back what `capture` took, into objects that were built as those were. ValueError: a
+    tensor is missing, is not wanted or has another shape."""
     own, saved = model.state_dict(), checkpoint.groups["student"]
     wanted = {name: tensor.shape for name, tensor in _distinct(own).items()}
     if wanted != {name: tensor.shape for name, tensor in saved.items()}:

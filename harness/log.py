@@ -30,11 +30,8 @@ class Log:
     """log.jsonl: a line is in the file when `write` returns, and on the disk after `flush`.
 
     keep: bytes of an earlier run to go on behind; what lies beyond moves to log.dropped.jsonl.
-    Until it is closed, or the process gone, nobody else can have the log of this run.
-
-    Raises:
-        ValueError: there are fewer bytes than `keep`.
-        OSError: another process has the log, or it cannot be written.
+    ValueError: there are fewer. OSError: another process has the log (until that closes it or is
+    gone), or it cannot be written.
     """
 
     def __init__(self, out: Path, keep: int = 0):
@@ -52,8 +49,7 @@ class Log:
         self.file.truncate(keep)
 
     def write(self, line: dict) -> int:
-        """Append one object; returns the bytes of the log. What is not finite becomes null, for
-        JSON has no other word for it."""
+        """Append an object, with null for what is not finite; returns the log's bytes."""
         text = json.dumps(_finite(line), allow_nan=False) + "\n"
         with name_the_path(self.path):
             self.file.write(text.encode())
@@ -106,10 +102,7 @@ def quarters(mask_BT: torch.Tensor) -> torch.Tensor:
 
 
 def batch_sums(batch, scores, args) -> dict[str, float]:
-    """Numerators and denominators of this process's rows, to be added up over all processes.
-
-    batch: `rollout.Rollout`. scores: train.py's, of the same rows.
-    """
+    """Numerators and denominators of this process's rows, to be added up over all processes."""
     mask_BT, keep_BT = batch.response_mask_BT, scores.keep_BT > 0
     released_B = scores.released_B
     if released_B is None:  # a mask without a change point

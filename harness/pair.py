@@ -11,23 +11,10 @@ import fast.head
 import logprobs
 import teachability
 import toy
-from harness.data import (
-    check_fit,
-    download_punkt,
-    from_records,
-    load_problems,
-    render_prompts,
-    stop_ids,
-)
-from harness.models import (
-    check_head,
-    check_sampling,
-    check_supported,
-    common_vocabulary,
-    load_config,
-    load_model,
-    load_tokenizer,
-)
+from harness.data import check_fit, download_punkt, from_records, load_problems, render_prompts
+from harness.data import stop_ids
+from harness.models import check_head, check_sampling, check_supported, common_vocabulary
+from harness.models import load_config, load_model, load_tokenizer
 
 
 class StudentLogProbs(torch.nn.Module):

@@ -22,57 +22,33 @@ from harness import checkpoint, flags, log, pair, signals
 from harness.cli import check_creatable
 from harness.data import pad_id
 from harness.machine import surroundings
-from harness.processes import (
-    Stopwatch,
-    batch_order,
-    gather_objects,
-    my_share,
-    raise_on_all_ranks,
-    row_generator,
-    start_processes,
-    sum_over_ranks,
-)
+from harness.processes import Stopwatch, batch_order, gather_objects, my_share, row_generator
+from harness.processes import raise_on_all_ranks, start_processes, sum_over_ranks
 
 
 @dataclass
 class Needs:
-    """What the methods read. candidates: the student's likeliest tokens, most by flag name;
-    sentences: whether responses are split; teacher_checks: functions of the loaded teacher that
-    raise ValueError if it cannot serve."""
+    """What the methods read."""
 
-    candidates: dict[str, int] = field(default_factory=dict)
-    sentences: bool = False
-    teacher_checks: list = field(default_factory=list)
+    candidates: dict[str, int] = field(default_factory=dict)  # the student's likeliest, by flag
+    sentences: bool = False  # whether responses are split
+    teacher_checks: list = field(default_factory=list)  # raise ValueError if it cannot serve
 
 
 @dataclass
 class Position:
-    """Where a run stands between two lines of its log: what a checkpoint says beside the weights.
+    """Where a run stands between two lines of its log; a checkpoint holds it."""
 
-    step       training steps done
-    evaluated  true if the evaluation before the next step is done, too
-    skipped    steps in a row, up to here, whose loss or gradient was not finite
-    log_bytes  length of log.jsonl
-    random     random numbers of every process
-    """
-
-    step: int = 0
-    evaluated: bool = False
-    skipped: int = 0
+    step: int = 0  # training steps done
+    evaluated: bool = False  # true if the evaluation before the next step is done, too
+    skipped: int = 0  # steps in a row, up to here, whose loss or gradient was not finite
     log_bytes: int = 0
-    random: list[dict] = ()
+    random: list[dict] = ()  # random numbers of every process
 
 
 class Run:
-    """Everything that one process holds while it trains.
-
-    args, needs; rank, world     flags, what the methods read; which of how many processes
-    model, student, teacher      Hugging Face models; `student` is `pair.StudentLogProbs` of `model`
-    tokenizer, splitter          of the student; of sentences, if they are needed
-    vocab_size, stop_ids, pad_id, decode    what `rollout.generate` wants to know
-    optimizer, scheduler, watch  AdamW, its schedule, seconds by phase since the last line
-    problems, prompts            by "train", "eval", "ood"
-    """
+    """Everything that one process holds while it trains; harness/__init__.py lists what train.py
+    uses of it. problems, prompts: by "train", "eval", "ood"."""
 
     def __init__(self, args, origins, needs, rank: int, world: int):
         """All checks that need no weights: tokenizers, problems, prompts, limits."""

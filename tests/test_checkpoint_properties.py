@@ -39,7 +39,8 @@ def test_a_config_comes_back_and_knows_every_difference(flags, other):
 
 
 @prop("harness.Log", "harness.check_log", "harness.lock", "harness.name_the_path", examples=60,
-      lines=st.lists(any_line, max_size=5), more=st.lists(any_line, max_size=3), keep=st.integers(0, 5), torn=st.binary(max_size=5))
+      lines=st.lists(any_line, max_size=5), more=st.lists(any_line, max_size=3),
+      keep=st.integers(0, 5), torn=st.binary(max_size=5))
 def test_a_log_is_cut_at_any_line_and_keeps_the_rest_beside_it(lines, more, keep, torn):
     with tempfile.TemporaryDirectory() as folder:
         path, log = Path(folder, "harness.jsonl"), Log(Path(folder))
@@ -167,6 +168,6 @@ def test_the_first_error_is_kept_and_results_are_replaced_whole(texts):
     def work():
         raise OSError(texts[0])
 
-    assert raise_on_all_ranks(lambda: texts) is texts  # alone, it is the same but for the error's type
+    assert raise_on_all_ranks(lambda: texts) is texts  # alone: the same but for the error's type
     with pytest.raises(ValueError, match=re.escape(texts[0])):
         raise_on_all_ranks(work)

@@ -157,9 +157,8 @@ def test_spread(heights):
 
 def test_same_defaults_as_the_code():
     """The figures name defaults and difficulties; train.py and toy decide them."""
-    from flags import FLAGS, METHODS
-
     import toy
+    from train import FLAGS, METHODS
 
 
     defaults = {flag: default for flags in FLAGS.values() for flag, default, *_ in flags}
