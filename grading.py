@@ -99,14 +99,14 @@ class Sentences:
     """
 
     def __init__(self, tokenizer, splitter, workers: int = 0):
-        self.texts, self.splitter = teachability.KnownTexts(tokenizer), splitter
+        self.tokenizer, self.splitter = tokenizer, splitter
         can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
         may_fork = not multiprocessing.current_process().daemon
         self.workers = workers if can_fork and may_fork else 0
         if self.workers:
             self.pool = ProcessPoolExecutor(
                 workers, multiprocessing.get_context("fork"),
-                _start_worker, (os.getpid(), self.texts, splitter),
+                _start_worker, (os.getpid(), tokenizer, splitter),
             )  # fmt: skip
             with _tokenizers_expect_a_fork():
                 self.pool.submit(int).result()  # all are forked when the first task comes
@@ -121,7 +121,7 @@ class Sentences:
         """
         if not self.workers:
             return lambda: [
-                teachability.token_segments(self.texts, ids_T, self.splitter) for ids_T in ids
+                teachability.token_segments(self.tokenizer, ids_T, self.splitter) for ids_T in ids
             ]
         cuts = [len(ids) * worker // self.workers for worker in range(self.workers + 1)]
         parts = [ids[start:end] for start, end in zip(cuts, cuts[1:], strict=False) if start < end]
@@ -155,12 +155,12 @@ def _say_who_died():
 _worker = {}  # what a process that splits sentences was started with
 
 
-def _start_worker(parent: int, texts: teachability.KnownTexts, splitter) -> None:
+def _start_worker(parent: int, tokenizer, splitter) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which will say so
     for number in (signal.SIGTERM, signal.SIGHUP):  # not the parent's handlers
         signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
-    _worker["how"] = texts, splitter
+    _worker["how"] = tokenizer, splitter
 
     def leave_with_parent():
         while os.getppid() == parent:
@@ -173,9 +173,9 @@ def _start_worker(parent: int, texts: teachability.KnownTexts, splitter) -> None
 def _sentence_lengths(ids: list[np.ndarray]) -> list[np.ndarray]:
     """In a worker: how many tokens every sentence of every response has, int64 [N] each. That is
     all it takes to write the segments down, and a tenth of their size or less."""
-    texts, splitter = _worker["how"]
+    tokenizer, splitter = _worker["how"]
     try:
-        segments = [teachability.token_segments(texts, ids_T, splitter) for ids_T in ids]
+        segments = [teachability.token_segments(tokenizer, ids_T, splitter) for ids_T in ids]
     except Exception as error:  # some cannot travel between processes
         raise RuntimeError(f"splitting sentences: {type(error).__name__}: {error}") from error
     return [torch.bincount(segment_T).numpy() for segment_T in segments]

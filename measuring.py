@@ -107,13 +107,13 @@ def _token_mean(job: Job, found, value_F, include_F=None) -> dict:
 
 def measure_margin(job: Job, found, responses, edges, desc: str) -> dict:
     """The margin along some responses, and what the release rule makes of it."""
-    args, texts = job.args, teachability.KnownTexts(job.tokenizer)
+    args = job.args
     scores, gain_B, at_B = [], [], []
     ends = np.cumsum(np.bincount(found.row_F))[:-1]
     counted_F = found.entropy_F >= args.margin_min_entropy
     parts = zip(responses, np.split(found.margin_F, ends), np.split(counted_F, ends), strict=True)
     for ids, margin_T, counted_T in tqdm(parts, desc=desc, total=len(responses), unit="response"):
-        segment_T = teachability.token_segments(texts, ids, job.splitter)
+        segment_T = teachability.token_segments(job.tokenizer, ids, job.splitter)
         scores_N = teachability.segment_scores(margin_T, segment_T, include_T=counted_T)
         scores.append(scores_N.numpy())
         point = release_rule.release_point(

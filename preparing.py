@@ -152,9 +152,15 @@ def check_prompts(tokenizer, configs, vocab_size: int, problems, prompts, max_ne
 
 
 def open_splitter(args) -> tuple[object, str]:
-    """The sentence splitter and its name; ValueError if the one that is wanted is not there."""
+    """The sentence splitter and its name, its data downloaded if they are missing; ValueError if
+    the one that is wanted is not to be had."""
+    if args.splitter != "untrained":
+        try:
+            return teachability.sentence_splitter("pretrained")
+        except LookupError:
+            harness.download_punkt()
     try:
-        return teachability.sentence_splitter(args.splitter, download=True)
+        return teachability.sentence_splitter(args.splitter)
     except LookupError as error:
         raise ValueError(f"--splitter {args.splitter}: {error}") from None
 

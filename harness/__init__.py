@@ -12,5 +12,13 @@ from harness.cli import (
     number,
     path_name,
 )
-from harness.data import check_fit, from_records, load_problems, pad_id, render_prompts, stop_ids
+from harness.data import (
+    check_fit,
+    download_punkt,
+    from_records,
+    load_problems,
+    pad_id,
+    render_prompts,
+    stop_ids,
+)
 from harness.models import check_head, common_vocabulary, load_config, load_model, load_tokenizer

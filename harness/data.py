@@ -4,13 +4,17 @@ Whatever is wrong is a ValueError of one line that names the file and line. Text
 and control tokens inside it are refused: a problem cannot end the user's turn.
 """
 
+import io
 import itertools
 import json
 import math
 import numbers
 import os
 import re
+import threading
 from collections import Counter
+
+import nltk
 
 from harness.cli import first_line
 
@@ -219,3 +223,21 @@ def pad_id(tokenizer):
             return token_id
     name = getattr(tokenizer, "name_or_path", "")
     raise ValueError(f"{name}: the tokenizer has neither a pad nor an EOS token")
+
+
+def download_punkt(seconds=60):
+    """Fetch the data of NLTK's pretrained sentence splitter, or give up in silence.
+
+    NLTK reports errors even when asked to be quiet, and may wait minutes for a server: hence the
+    buffer, and a thread that is left behind after so many seconds.
+    """
+
+    def fetch():
+        try:
+            nltk.download("punkt_tab", quiet=True, print_error_to=io.StringIO())
+        except Exception:  # no network, no disk: the caller finds no data, and says so
+            pass
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(seconds)

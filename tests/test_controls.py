@@ -181,12 +181,6 @@ def test_spread_equals_the_standard_library():
         mine = [v for v, s in zip(values, segments, strict=True) if s == number]
         assert math.isclose(score, math.log1p(statistics.pstdev(mine)), abs_tol=1e-12)
     assert teachability.segment_spread([], []).shape == (0,)
-    bad_ones = (([0.0, math.nan], "finite"), ([0.0, math.inf], "finite"), ([1.0], "shape"))
-    for bad, message in bad_ones:
-        with pytest.raises(ValueError, match=message):
-            teachability.segment_spread(bad, [0, 0])
-    with pytest.raises(ValueError, match="start at 0"):
-        teachability.segment_spread([1.0, 2.0], [1, 1])
 
 
 # ----------------------------------------------------------------------------- in a training step

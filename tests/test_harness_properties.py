@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import nltk
 import pytest
 import torch
 from conftest import VOCABULARY, write_model
@@ -323,13 +324,25 @@ def test_a_pair_shares_a_vocabulary_or_is_refused(student, teacher, world):
     assert names[0] == names[1]
 
 
-@prop("preparing.open_splitter", "preparing.surroundings", examples=12, git=st.booleans(),
-      kind=st.sampled_from(["auto", "pretrained", "untrained", "other"]))
-def test_a_machine_without_git_or_data_is_described_and_refused_what_it_lacks(git, kind):
+def fails(error):
+    """A function that raises this error, if any."""
+
+    def function(*args, **kwargs):
+        if error is not None:
+            raise error
+
+    return function
+
+
+@prop("preparing.open_splitter", "preparing.surroundings", "harness.download_punkt", examples=20,
+      git=st.booleans(), kind=st.sampled_from(["auto", "pretrained", "untrained", "other"]),
+      error=st.sampled_from([None, OSError("no network"), KeyError("x"), ValueError("bad zip")]))
+def test_a_machine_without_git_or_data_is_described_and_refused_what_it_lacks(git, kind, error):
     args = SimpleNamespace(splitter=kind, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teachability, "_pretrained_punkt", lambda: None)
-        patch.setattr(teachability, "_download_punkt", lambda: None)
+        patch.setattr(teachability, "PunktTokenizer", fails(LookupError("no data")))
+        patch.setattr(nltk, "download", fails(error))
+        assert harness.download_punkt(seconds=5) is None
         if kind in ("auto", "untrained"):
             found, name = preparing.open_splitter(args)
             assert name == "untrained-punkt"

@@ -3,8 +3,13 @@
 import json
 import pickle
 import shutil
+import socket
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import nltk
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -17,6 +22,8 @@ from transformers import (
 )
 
 import harness
+import preparing
+import teachability
 import toy
 
 TEMPLATE = (
@@ -317,3 +324,52 @@ class Hostile:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+# ---------------------------------------------------------------- the sentence splitter's data
+@pytest.fixture
+def no_data(monkeypatch):
+    def missing(language):
+        raise LookupError
+
+    monkeypatch.setattr(teachability, "PunktTokenizer", missing)
+
+
+def open_splitter(kind):
+    return preparing.open_splitter(SimpleNamespace(splitter=kind))
+
+
+def test_download_offline_is_silent_and_falls_back(no_data, monkeypatch, capfd):
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert open_splitter("auto")[1] == "untrained-punkt"
+    with pytest.raises(ValueError, match="^--splitter pretrained: .*nltk.downloader punkt_tab"):
+        open_splitter("pretrained")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_download_does_not_wait_forever(monkeypatch):
+    never, begun = threading.Event(), time.monotonic()
+    monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: never.wait())
+    harness.download_punkt(0.05)
+    assert time.monotonic() - begun < 30
+    never.set()
+
+
+def test_what_is_missing_is_downloaded_once(monkeypatch):
+    installed, punkt = [], teachability.PunktSentenceTokenizer()
+
+    def load(language):
+        if not installed:
+            raise LookupError
+        return punkt
+
+    monkeypatch.setattr(teachability, "PunktTokenizer", load)
+    monkeypatch.setattr(nltk, "download", lambda name, **kwargs: installed.append(name))
+    assert open_splitter("untrained")[1] == "untrained-punkt" and not installed
+    for kind in ("auto", "pretrained"):
+        assert open_splitter(kind) == (punkt, "nltk-punkt-english")
+    assert installed == ["punkt_tab"]
