@@ -216,7 +216,6 @@ def run(args) -> dict:
         tokens=args.tokens_per_pass,
     )  # fmt: skip
     try:
-        lgr.check_model(job.teacher, max(map(len, job.prompts)) + args.max_new_tokens)
         lgr.self_check(job.teacher)
     except ValueError as error:
         job.lookahead = harness.first_line(error)

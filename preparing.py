@@ -269,8 +269,6 @@ def load_models(run: Run, device: torch.device) -> None:
         else:
             run.teacher = model.requires_grad_(False)
             if args.lookahead == "on":
-                longest = max(map(len, run.prompts)) + args.max_new_tokens
-                lgr.check_model(model, longest)
                 lgr.self_check(model)
     run.stop_ids = harness.stop_ids(run.model, run.teacher, run.tokenizer)
     if args.gradient_checkpointing:

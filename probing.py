@@ -188,7 +188,7 @@ def read(
 
     prompts, responses: lists of ids, one prompt per response, neither empty.
     lookahead: also score the student's candidates one step ahead, where it hesitates; ValueError if
-        the teacher is a model that tree attention cannot score (`lgr.check_model`).
+        the teacher is a model that tree attention cannot score (`lgr.self_check`).
     """
     lengths = np.array([len(response) for response in responses])
     starts, total = np.cumsum(lengths) - lengths, int(lengths.sum())

@@ -26,7 +26,6 @@ from properties import (
     tiny,
 )
 
-import lgr
 import rollout
 
 # ---------------------------------------------------------------------------------------- rollout
@@ -122,24 +121,23 @@ def test_bad_input_of_generate(data, prompts):
         assert out.ids_BT.min() >= 0 and out.ids_BT.max() < VOCABULARY
 
 
-@prop("rollout.check_model", "lgr.check_model", examples=60, longest=st.integers(1, 600),
-      limit=st.integers(1, 600), window=st.none() | st.integers(1, 600), mine=st.booleans(),
+@prop("rollout.check_model", examples=60, longest=st.integers(1, 600),
+      limit=st.integers(1, 600), window=st.none() | st.integers(1, 600),
       kind=st.sampled_from(["full_attention", "sliding_attention", "chunked_attention"]),
       implementation=st.sampled_from(["sdpa", "eager", "flash_attention_2"]))
 def test_models_are_refused_for_what_their_config_says(
-    longest, limit, window, mine, kind, implementation
+    longest, limit, window, kind, implementation
 ):
     model = copy.copy(tiny("qwen3"))
     model.config = copy.deepcopy(model.config)
     model.config.max_position_embeddings, model.config.sliding_window = limit, window
     model.config.layer_types = [kind, "full_attention"]
     model.config._attn_implementation = implementation
-    module = rollout if mine else lgr
-    too_long = mine and longest > limit
+    too_long = longest > limit
     too_wide = kind == "sliding_attention" and window is not None and longest > window
     bad = implementation not in ("sdpa", "eager") or kind == "chunked_attention"
     try:
-        module.check_model(model, longest)
+        rollout.check_model(model, longest)
         assert not (too_long or too_wide or bad)
     except ValueError:
         assert too_long or too_wide or bad
