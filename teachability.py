@@ -235,14 +235,13 @@ def segment_scores(margin_T, segment_T, *, include_T=None) -> torch.Tensor:
     """
     margin_T = torch.as_tensor(margin_T, dtype=torch.float64, device="cpu").detach()
     segment_T = torch.as_tensor(segment_T, dtype=torch.int64, device="cpu")
-    n = int(segment_T.max()) + 1 if len(segment_T) else 0
-    if include_T is not None:
-        include_T = torch.as_tensor(include_T, dtype=torch.bool, device="cpu")
-        margin_T, segment_T = margin_T[include_T], segment_T[include_T]
+    include_T = torch.ones_like(segment_T) if include_T is None else include_T
+    include_T = torch.as_tensor(include_T, dtype=torch.bool, device="cpu")
+    margin_T = torch.where(include_T, margin_T, 0.0)
     if not (margin_T >= 0).all():
         raise ValueError(f"margin_T must be >= 0, got a minimum of {margin_T.min()}")
-    total_N = torch.bincount(segment_T, weights=margin_T, minlength=n)
-    return torch.log1p(total_N / torch.bincount(segment_T, minlength=n).double())  # 0 / 0 = nan
+    count_N = torch.bincount(segment_T, weights=include_T).double()
+    return torch.log1p(torch.bincount(segment_T, weights=margin_T) / count_N)  # 0 / 0 = nan
 
 
 def segment_spread(value_T, segment_T) -> torch.Tensor:

@@ -90,7 +90,7 @@ class Work:
         """Maximum probability, for the two baselines below."""
         out = []
         for start in range(0, len(hidden_ND), 1024):
-            logits_CV = lgr._logits(hidden_ND[start : start + 1024], self.weight_VD).float()
+            logits_CV = (hidden_ND[start : start + 1024] @ self.weight_VD.T).float()
             out.append(logits_CV.softmax(dim=-1).amax(dim=-1))
         return torch.cat(out)
 

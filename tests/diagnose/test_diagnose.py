@@ -665,7 +665,7 @@ def test_a_teacher_that_cannot_look_ahead_is_diagnosed_all_the_same(pair, monkey
     def refuse(*_):
         raise ValueError("sliding windows\nand more")
 
-    monkeypatch.setattr(command.lgr, "check_model", refuse)
+    monkeypatch.setattr(command.lgr, "self_check", refuse)
     result = command.run(command.parse(flags_of(pair)))
     assert result["students"]["student"]["lookahead"]["why_not"] == "sliding windows"
     assert "Not measured: sliding windows" in report.summary(result).replace("\n", " ")
