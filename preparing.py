@@ -24,9 +24,9 @@ import evaluate
 import grading
 import harness
 import lgr
-import logprobs
 import teachability
 import toy
+from fast import head
 
 
 class StudentLogProbs(torch.nn.Module):
@@ -39,25 +39,21 @@ class StudentLogProbs(torch.nn.Module):
         super().__init__()
         self.model, self.vocab_size, self.temperature = model, vocab_size, temperature
 
-    def forward(
-        self, ids_BT, mask_BT, candidates_BTK=None, divergence=None, loss_weight_BT=None
-    ):
+    def forward(self, ids_BT, mask_BT, candidates_BTK=None, divergence=None, scale_BT=None):
         """Log-probs [B, T] of the tokens, or [B, T, K] of candidates in their places, in nats at
         the sampling temperature; with `divergence`, (kind, beta, the teacher's hidden states and
-        head), that divergence [B, T] from the teacher. 0 outside `mask_BT`.  With `loss_weight_BT`
-        their weighted sum, a scalar, at less cost."""
+        head), that divergence [B, T] from the teacher. 0 outside `mask_BT`.  `scale_BT`, what the
+        loss multiplies them by, saves a pass over the head."""
         hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
         head_VD = self.model.get_output_embeddings().weight
         how = {"mask_BT": mask_BT, "vocab_size": self.vocab_size, "temperature": self.temperature,
-               "loss_weight_BT": loss_weight_BT}  # fmt: skip
+               "scale_BT": scale_BT}  # fmt: skip
         if divergence is not None:
             kind, beta, *teachers = divergence
-            return logprobs.token_divergence(
-                hidden_BTD, head_VD, *teachers, kind=kind, beta=beta, **how
-            )
-        return logprobs.token_logprobs(
-            hidden_BTD, head_VD, ids_BT, candidates_BTK=candidates_BTK, **how
-        )
+            how |= {"kind": kind, "beta": beta}
+            return head.token_divergence(hidden_BTD, head_VD, *teachers, **how)
+        how["candidates_BTK"] = candidates_BTK
+        return head.token_logprobs(hidden_BTD, head_VD, ids_BT, **how)
 
 
 @dataclass

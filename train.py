@@ -159,18 +159,16 @@ def policy_gradient_loss(
 def micro_batch_loss(student, batch, grades, advantage_BT, weight_BT, args, teacher_head_VE):
     """The objective on some rows, a scalar: the policy gradient; or an exact divergence; or
     (`topk`) the reverse KL over both models' top tokens with the lookahead reward inside."""
-    divergence, loss_weight_BT = None, None
+    divergence, scale_BT = None, None
     if args.objective in logprobs.DIVERGENCES:
         divergence = (args.objective, args.jsd_beta, grades.hidden_BTD, teacher_head_VE)
-        loss_weight_BT = weight_BT
+        scale_BT = weight_BT
     elif args.objective == "pg" and args.updates_per_rollout == 1:
-        loss_weight_BT = -weight_BT * advantage_BT
+        scale_BT = -weight_BT * advantage_BT
     with autocast(args):
-        out = student(
-            batch.ids_BT, grades.choice.keep_BT, grades.union_BTU, divergence, loss_weight_BT
-        )
-    if loss_weight_BT is not None:
-        return out
+        out = student(batch.ids_BT, grades.choice.keep_BT, grades.union_BTU, divergence, scale_BT)
+    if scale_BT is not None:  # 0 * inf would be nan
+        return torch.where(scale_BT != 0, scale_BT * out, 0.0).sum()
     if args.objective == "topk":
         reward_BTU = None
         if grades.ahead is not None:  # the group is the first of the student's, which come first

@@ -11,8 +11,8 @@ One row of T tokens, random hidden states [T, D] and head [V, D].  Three jobs:
 
 and the ways to do them:
 
-  ours      chunk by chunk; where there is a gradient, in the same pass (`loss_weight_BT`)
-  plain     chunk by chunk, the weights unknown until backward, which computes the logits again
+  ours      chunk by chunk; where there is a gradient, in the same pass (fast/head.py, `scale_BT`)
+  plain     chunk by chunk, and backward computes the logits again (logprobs.py)
   naive     full logits [T, V], log_softmax, autograd
   compiled  naive under torch.compile, which fuses what it can; on a GPU only
 
@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder, whose logprobs is this file
 
 import logprobs  # noqa: E402
+from fast import head  # noqa: E402
 
 JOBS = {"score": ("ours", "naive"), "logp": ("ours", "plain", "naive"),
         "rkl": ("ours", "plain", "naive")}  # fmt: skip
@@ -101,14 +102,15 @@ class Work:
 
     def chunked(self, job: str, way: str):
         """The weighted sum by chunks."""
-        how = {"chunk": self.chunk} | ({"loss_weight_BT": self.weight_BT} if way == "ours" else {})
+        how = {"chunk": self.chunk} | ({"scale_BT": self.weight_BT} if way == "ours" else {})
+        files = head if way == "ours" else logprobs
         if job == "logp":
-            out = logprobs.token_logprobs(self.hidden_BTD, self.head_VD, self.ids_BT, **how)
+            out = files.token_logprobs(self.hidden_BTD, self.head_VD, self.ids_BT, **how)
         else:
-            out = logprobs.token_divergence(
+            out = files.token_divergence(
                 self.hidden_BTD, self.head_VD, self.teacher_BTD, self.teacher_VD, **how
             )
-        return out if way == "ours" else (out * self.weight_BT).sum()
+        return (out * self.weight_BT).sum()
 
     def full(self, job: str):
         """With the full logits."""
@@ -242,7 +244,7 @@ def main() -> None:
         print(json.dumps(peak(Work(int(args.cell[2]), args), *args.cell[:2])))
         return
     where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    chunk = logprobs._chunk_size(args.chunk, torch.empty(args.vocabulary, 0, device=args.device))
+    chunk = args.chunk or (1024 if args.device == "cuda" else 256)
     print(f"V={args.vocabulary}, D={args.width}, {args.dtype}, chunks of {chunk}, {where}, "
           f"{args.threads} thread(s), torch {torch.__version__}")  # fmt: skip
     print("| T | job | ours_s | plain_s | naive_s | ours/naive | plain/naive | ours/compiled |")
