@@ -11,8 +11,8 @@ One row of T tokens, random hidden states [T, D] and head [V, D].  Three jobs:
 
 and the ways to do them:
 
-  ours      chunk by chunk; where there is a gradient, in the same pass (`loss_weight_BT`)
-  plain     chunk by chunk, the weights unknown until backward, which computes the logits again
+  ours      chunk by chunk; where there is a gradient, in the same pass (fast/head.py, `scale_BT`)
+  plain     chunk by chunk, and backward computes the logits again (logprobs.py)
   naive     full logits [T, V], log_softmax, autograd
   compiled  naive under torch.compile, which fuses what it can; on a GPU only
 
@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))  # before this folder, whose logprobs is this file
 
 import logprobs  # noqa: E402
 from benchmarks import machine, memory, tables, timing  # noqa: E402
+from fast import head  # noqa: E402
 
 JOBS = {"score": ("ours", "naive"), "logp": ("ours", "plain", "naive"),
         "rkl": ("ours", "plain", "naive")}  # fmt: skip
@@ -98,14 +99,15 @@ class Work:
 
     def chunked(self, job: str, way: str):
         """The weighted sum by chunks."""
-        how = {"chunk": self.chunk} | ({"loss_weight_BT": self.weight_BT} if way == "ours" else {})
+        how = {"chunk": self.chunk} | ({"scale_BT": self.weight_BT} if way == "ours" else {})
+        files = head if way == "ours" else logprobs
         if job == "logp":
-            out = logprobs.token_logprobs(self.hidden_BTD, self.head_VD, self.ids_BT, **how)
+            out = files.token_logprobs(self.hidden_BTD, self.head_VD, self.ids_BT, **how)
         else:
-            out = logprobs.token_divergence(
+            out = files.token_divergence(
                 self.hidden_BTD, self.head_VD, self.teacher_BTD, self.teacher_VD, **how
             )
-        return out if way == "ours" else (out * self.weight_BT).sum()
+        return (out * self.weight_BT).sum()
 
     def full(self, job: str):
         """With the full logits."""
