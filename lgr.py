@@ -53,7 +53,6 @@ def _read_leaves(model, trunk, row_N, position_N, token_N) -> torch.Tensor:
     R, Q, reach = len(row_R), int(place_N.max()) + 1, int(position_N.max())
     ids_RQ, position_RQ = token_N.new_zeros(R, Q), token_N.new_zeros(R, Q)  # rows filled up with 0
     ids_RQ[own_N, place_N], position_RQ[own_N, place_N] = token_N, position_N
-
     trunk_RQL = torch.arange(reach, device=row_N.device) < position_RQ[..., None]  # before it ...
     itself_RQQ = torch.eye(Q, dtype=torch.bool, device=row_N.device).expand(R, Q, Q)  # and itself
     mask = torch.cat([trunk_RQL, itself_RQQ], dim=2)[:, None]
@@ -111,11 +110,10 @@ def lookahead_confidence(
         one at a time, where response_mask_BT and trigger_BT (bool) are true.
     cache, hidden_BTD: KV cache and last hidden states of one pass of `model` over ids_BT. Without a
         cache that pass is made here; without hidden states the sampled tokens are read again.
-    signal: one of SIGNALS. vocab_size: use only the first rows of the head. nodes_per_slice: most
-        leaves in a pass, padding included. chunk: most leaves whose logits exist at one time.
-    Returns [B, T, K], float32 or wider: in [0, 1], or nats <= 0 for "entropy"; nan where not
-    triggered and, for "sampled_prob", at a row's last token. Raises KeyError for another signal,
-    ValueError for masks that are not bool [B, T], and a cache that lacks some of ids_BT.
+    signal: one of SIGNALS. vocab_size: rows of the head to use. nodes_per_slice: most leaves in a
+        pass, padding included. chunk: most leaves whose logits exist at one time.
+    Returns [B, T, K]: in [0, 1], or nats <= 0 for "entropy"; nan where not triggered, or nothing
+    follows ("sampled_prob"). ValueError: masks that are not bool [B, T], a cache that lacks tokens.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)).eval()
@@ -163,12 +161,8 @@ def self_check(model, *, tolerance: float | None = None) -> None:
     no config says: a mask or position ids that are not obeyed, a head that is more than a matrix,
     layers without a plain cache. It cannot see a window of more than eight tokens.
 
-    tolerance: of the mean over positions of |ln(tree / plain)|, maximum probabilities; default
-        0.01, or 0.2 for 16-bit models, whose logits are that coarse.
-    Raises ValueError, with the name of the model's class, if they differ by more, or one fails.
-
-    >>> from transformers import GPT2Config, GPT2LMHeadModel
-    >>> self_check(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)).eval())
+    tolerance: of the mean of |ln(tree / plain)|, largest probabilities; 0.01, or 0.2 for 16 bits.
+    Raises ValueError that names the model's class if they differ by more, or one fails.
     """
     name, coarse = type(model).__name__, torch.finfo(model.dtype).bits == 16
     try:
@@ -192,8 +186,8 @@ def group_reward(confidence_BTK, *, normalize: str = "std", eps: float = 1e-6) -
     """r_k = (c_k - mean) / (std + eps) within each group, the last axis; of the same type.
 
     All 0 where candidates are equal or alone, and in a group that holds a nan or an infinity.
-    normalize: "std" (the paper: the unbiased one), or "mean" (the authors' script: the division is
-        left out). eps: differences well below are noise; raise it for a bfloat16 teacher.
+    normalize: "std" (the paper: the unbiased one), or "mean" (the authors' script: no division).
+    eps: differences well below it are noise; raise it for a bfloat16 teacher.
     Raises ValueError for another normalize, and eps < 0.
 
     >>> [round(r, 3) for r in group_reward(torch.tensor([0.9, 0.5, 0.1, 0.1])).tolist()]
@@ -201,8 +195,7 @@ def group_reward(confidence_BTK, *, normalize: str = "std", eps: float = 1e-6) -
     """
     if normalize not in ("std", "mean") or not eps >= 0:
         raise ValueError(f'normalize must be "std" or "mean", eps >= 0, not {normalize!r}, {eps}')
-    c_BTK = confidence_BTK.double()
-    reward_BTK = c_BTK - c_BTK.mean(dim=-1, keepdim=True)
+    reward_BTK = (c_BTK := confidence_BTK.double()) - c_BTK.mean(dim=-1, keepdim=True)
     if normalize == "std" and c_BTK.shape[-1] > 1:
         reward_BTK = reward_BTK / (c_BTK.std(dim=-1, keepdim=True) + eps)
     spread_BT1 = c_BTK.amax(dim=-1, keepdim=True) - c_BTK.amin(dim=-1, keepdim=True)
@@ -241,10 +234,9 @@ def union_candidates(student_ids_BTK, teacher_ids_BTK) -> tuple[torch.Tensor, to
 def topk_loss(student_logp_BTU, teacher_logp_BTU, valid_BTU, reward_BTU=None) -> torch.Tensor:
     """sum_i p_S(i) [log p_S(i) - log p_T(i) - reward_i] over a set U of tokens, [B, T], nats.
 
-    Both models are renormalised over U: without that, moving the student's probability out of U
-    would lower the sum. The gradient passes through the weights p_S(i), too (the authors' code).
-    student_logp_BTU, teacher_logp_BTU: nats, up to a constant per position. valid_BTU: bool, false
-    on repeated tokens. reward_BTU: gamma times the group reward, 0 outside the group; or None.
+    Both models are renormalised over U, or the student could lower the sum by leaving U. The
+    gradient passes through the weights p_S(i), too (the authors' code). valid_BTU: bool, false on
+    repeated tokens. reward_BTU: gamma times the group reward, 0 outside the group; or None.
 
     >>> logp = torch.tensor([0.5, 0.25]).log()
     >>> topk_loss(logp, logp, torch.tensor([True, True]), torch.tensor([0.3, 0.0])).item()
