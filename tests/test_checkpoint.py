@@ -229,7 +229,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     log = Log(tmp_path)
     log.write({"step": 1})
     log.flush()
-    assert done == ["harness.jsonl"]
+    assert done == ["log.jsonl"]
 
 
 def test_killed_at_every_file_operation_of_a_checkpoint(tmp_path):
@@ -328,7 +328,7 @@ def write_log(out):
 
 
 WRITERS = {
-    "harness.jsonl": write_log,
+    "log.jsonl": write_log,
     "config.json": lambda out: checkpoint.write_json(out / "config.json", {"x": "y" * 5000}),
     "faults/a": lambda out: checkpoint.write_fault(out, "a", {"x": torch.arange(5000)}),
     "student": lambda out: checkpoint.replace_folder(
@@ -397,14 +397,14 @@ def test_a_log_goes_on_where_it_was_and_loses_nothing(tmp_path):
     log.write({"step": 2, "loss": float("nan"), "deep": {"x": [1.0, float("-inf")]}})
     log.flush()
     log.close()
-    whole = (tmp_path / "harness.jsonl").read_bytes()
+    whole = (tmp_path / "log.jsonl").read_bytes()
     assert json.loads(whole.splitlines()[1]) == {"step": 2, "loss": None, "deep": {"x": [1, None]}}
-    (tmp_path / "harness.jsonl").write_bytes(whole + b'{"step": 3, "lo')  # killed while writing
+    (tmp_path / "log.jsonl").write_bytes(whole + b'{"step": 3, "lo')  # killed while writing
     log = Log(tmp_path, kept)
     assert log.lines == [{"step": 1, "loss": 0.5}]
-    assert log.write({"step": 2}) == len((tmp_path / "harness.jsonl").read_bytes())
+    assert log.write({"step": 2}) == len((tmp_path / "log.jsonl").read_bytes())
     log.close()
-    assert (tmp_path / "harness.jsonl").read_bytes() == whole[:kept] + b'{"step": 2}\n'
+    assert (tmp_path / "log.jsonl").read_bytes() == whole[:kept] + b'{"step": 2}\n'
     assert (tmp_path / "log.dropped.jsonl").read_bytes() == whole[kept:] + b'{"step": 3, "lo'
     with pytest.raises(ValueError, match="log.jsonl has .* bytes; it had 10000 when"):
         Log(tmp_path, 10_000)

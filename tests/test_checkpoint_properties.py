@@ -43,7 +43,7 @@ def test_a_config_comes_back_and_knows_every_difference(flags, other):
       keep=st.integers(0, 5), torn=st.binary(max_size=5))
 def test_a_log_is_cut_at_any_line_and_keeps_the_rest_beside_it(lines, more, keep, torn):
     with tempfile.TemporaryDirectory() as folder:
-        path, log = Path(folder, "harness.jsonl"), Log(Path(folder))
+        path, log = Path(folder, "log.jsonl"), Log(Path(folder))
         sizes = [0, *[log.write(line) for line in lines]]
         log.close()
         whole = path.read_bytes()
