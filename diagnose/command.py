@@ -78,11 +78,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     twice = next((name for name in names[1:] if names.count(name) > 1), None)
     if twice is not None:
         parser.error(f"--compare has more than one model called {twice!r}: rename a folder")
-    repeated = [*SHARED, *(row[0] for row in METHODS)]
-    args.given = {  # what the suggested command repeats
-        flag: given[flag[2:].replace("-", "_")] for flag in repeated
-        if flag[2:].replace("-", "_") in given
-    }  # fmt: skip
+    flags = {flag[2:].replace("-", "_"): flag for flag in (*SHARED, *(row[0] for row in METHODS))}
+    args.given = {flags[k]: given[k] for k in flags if k in given}  # the suggested command has them
     origins = {"max_new_tokens": "command line" if "max_new_tokens" in given else "default"}
     vars(args).update(harness.left_open(parser, args, origins))
     on_toy = args.problems is None
@@ -107,8 +104,7 @@ def short(path) -> str:
 
 # ---------------------------------------------------------------------------- without the weights
 def check_out(out) -> None:
-    """ValueError unless a report can be written there: nothing yet, or an earlier report, which
-    will be moved aside."""
+    """ValueError unless nothing is there yet, or an earlier report, which will be moved aside."""
     out = Path(out)
     harness.check_creatable("--out", out)
     if out.is_dir() and any(out.iterdir()) and not (out / "report.json").is_file():

@@ -15,18 +15,8 @@ Tokens of one response resemble each other, and so do responses to one problem. 
 independent draws, so all errors are over problems: linearised for a mean (a ratio of two sums), by
 the bootstrap for everything else.
 
-Decisions where the paper is silent:
-1. The fit is least squares on the means of bins, weighted by their tokens, over the bins that at
-   least a tenth of the responses reaches. R^2 is that of the same means and weights.
-2. Given t* and eps the other two parameters are linear and are solved for. t* and eps are searched:
-   on a grid over the range of the data, then around the best point in ever smaller steps, so there
-   are no start values and nothing diverges. A >= 0, t* lies in that range, eps between 2 / range
-   (nearly a straight line) and STEEPEST / width of a bin (a step).
-3. Positions within a bin cannot be told apart, so the interval of t* is that of the bootstrap and
-   half a bin more on either side.
-
-Needs numpy only.  Letters: N observations, B responses, P problems, X bins, R resamples, G points
-of a grid.
+Where the paper is silent: docs/decisions.md, 27. Needs numpy only. Letters: N observations,
+B responses, P problems, X bins, R resamples, G points of a grid.
 """
 
 import dataclasses
@@ -85,12 +75,9 @@ def plain(value):
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def bins(
-    length: int, most: int = MOST_BINS, *, width: int | None = None, first: int = 0
-) -> np.ndarray:
+def bins(length: int, most=MOST_BINS, *, width: int | None = None, first=0) -> np.ndarray:
     """Edges of bins of one whole width that hold positions 0..length-1: of width `width`, or as
-    narrow as at most `most` bins allow. Positions before `first` are a bin of their own. Raises
-    ValueError for a length or width below 1, or a negative `first`.
+    narrow as at most `most` bins allow. Positions before `first` are a bin of their own.
 
     >>> bins(10, 4), bins(10, width=5), bins(10, width=5, first=2)
     (array([ 0,  3,  6,  9, 12]), array([ 0,  5, 10]), array([ 0,  2,  7, 12]))
@@ -108,12 +95,11 @@ def curve(
 ) -> Curve:
     """Mean of a quantity in every bin: sum of values over sum of denominators.
 
-    value_N: the observations. position_N: where in its response each was made, from 0 on.
-    row_N: the response of each. problem_B: the problem of every response. Both count from 0.
+    value_N: the observations. position_N: where in its response each was made. row_N: which
+        response that is. problem_B: the problem of every response. All count from 0.
     edges_X1: from `bins`; observations outside are left out.
     denominator_N: numbers >= 0; default 1, which makes it a mean of observations. A problem counts
         for the error if it has any weight, for problems_X if it has observations.
-    Raises ValueError for edges that do not grow, negative problems or denominators.
 
     >>> c = curve([1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1], [0, 1], bins(2))
     >>> c.mean_X.tolist(), c.se_X.tolist()
@@ -176,9 +162,7 @@ def mean(value_B, problem_B, *, denominator_B=None) -> dict:
     known_B = ~np.isnan(value_B)
     row_N = np.flatnonzero(known_B)
     weight_N = None if denominator_B is None else np.asarray(denominator_B)[known_B]
-    one = curve(
-        value_B[row_N], np.zeros(len(row_N)), row_N, problem_B, [0, 1], denominator_N=weight_N
-    )
+    one = curve(value_B[row_N], 0 * row_N, row_N, problem_B, [0, 1], denominator_N=weight_N)
     return {"mean": plain(one.mean_X[0]), "se": plain(one.se_X[0]),
             "count": int(one.count_X[0]), "problems": int(one.problems_X[0])}  # fmt: skip
 
@@ -243,11 +227,7 @@ class Logistic:
     r2: float = math.nan  # 1 - weighted squares left / around the mean; 0 for a constant series
 
     def __call__(self, t):
-        """Its value at t, a number or an array.
-
-        >>> float(Logistic(drop=0.5, slope=0.2, midpoint=70, floor=0.4)(70))
-        0.65
-        """
+        """Its value at t, a number or an array."""
         return self.drop * _falling(self.slope * (t - self.midpoint)) + self.floor
 
 
@@ -279,9 +259,10 @@ def fit_logistic(position_X, value_X, weight_X=None) -> Logistic:
 
 
 def _search(t_X, y_RX, w_RX):
-    """Least squares for R series at once: drop, slope, midpoint, floor, r2, [R] each."""
+    """Least squares for R series at once: drop, slope, midpoint, floor, r2, [R] each. The best
+    point of a grid, then ever smaller steps: no start values, and nothing diverges."""
     span, width = t_X[-1] - t_X[0], np.diff(t_X).min()
-    flattest, steepest = math.log(2 / span), math.log(STEEPEST / width)
+    flattest, steepest = math.log(2 / span), math.log(STEEPEST / width)  # nearly straight; a step
     mids, logs = np.linspace(t_X[0], t_X[-1], 97), np.linspace(flattest, steepest, 25)
     mid_G, log_G = (z.ravel() for z in np.meshgrid(mids, logs, indexing="ij"))
     rows = np.arange(len(y_RX))
@@ -335,21 +316,17 @@ def _squares(t_X, y_RX, w_RX, mid_RG, log_RG):
 
 @dataclass
 class Fit:
-    """The logistic of a curve with bootstrap intervals, [low, high] each.
-
-    `located`: t* means something, for the interval of the fall is above FALL, R^2 at least
-    EXPLAINED, and the bootstrap's interval of t* (without the half bin) inside `seen`.
-    """
+    """The logistic of a curve with bootstrap intervals, [low, high] each."""
 
     logistic: Logistic
-    midpoint_interval: list
+    midpoint_interval: list  # half a bin wider on either side: a bin's tokens look alike
     slope_interval: list
     drop_interval: list
     floor_interval: list
     fall: float  # from the first to the last bin that counts
     fall_interval: list
     step: bool  # the slope is the steepest that can be told apart
-    located: bool
+    located: bool  # fall surely above FALL, R^2 >= EXPLAINED, draws of t* inside `seen`
     seen: tuple[float, float]  # first and last position that count, tokens
     width: float  # of the widest bin that counts, tokens
     midpoint_R: np.ndarray  # draws, in the order of `resample`

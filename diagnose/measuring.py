@@ -10,8 +10,7 @@
     compatibility  overlap, correlation, stopping, lengths, pass@k
 
 Every mean is {"mean", "se", "count", "problems"}, where count is of responses. Every curve is the
-same in bins, as lists, where count is of tokens (`curves.Curve`). Errors are over problems, because
-responses to one problem resemble each other.
+same in bins, as lists, where count is of tokens (`curves.Curve`). Errors are over problems.
 
 Letters: B responses, F tokens of all responses one after the other, N sentences of all responses.
 """
@@ -55,7 +54,7 @@ class Job:
     between: tuple = (0, float("inf"))  # the tokens to which the logistic is fitted
 
     def resampling(self) -> dict:
-        """Arguments of `curves.resample`, the same for every student."""
+        """Arguments of the bootstrap, the same for every student."""
         return {"resamples": self.args.resamples, "seed": self.args.seed}
 
 
@@ -106,6 +105,7 @@ def _curve(value_F, read, job: Job, edges, **options) -> curves.Curve:
 def measure_margin(job: Job, read, responses, edges, desc: str) -> dict:
     """The margin along some responses, and what the release rule makes of it."""
     args = job.args
+    limits = {"min_segments": args.min_segments, "eps": args.bic_eps}
     scores, gain_B, at_B = [], [], []
     ends = np.cumsum(np.bincount(read.row_F))[:-1]
     counted_F = read.entropy_F >= args.margin_min_entropy
@@ -114,9 +114,7 @@ def measure_margin(job: Job, read, responses, edges, desc: str) -> dict:
         segment_T = teachability.token_segments(job.tokenizer, ids, job.splitter)
         scores_N = teachability.segment_scores(margin_T, segment_T, include_T=counted_T)
         scores.append(scores_N.numpy())
-        point = release_rule.release_point(
-            scores[-1], min_segments=args.min_segments, eps=args.bic_eps
-        )
+        point = release_rule.release_point(scores[-1], **limits)
         gain_B.append(point.gain)
         keep_T = release_rule.keep_mask(segment_T, point.kept)
         at_B.append(keep_T.mean() if point.kept is not None else np.nan)
@@ -152,9 +150,8 @@ def measure_signal(job: Job, read, edges) -> dict:
     lengths = np.bincount(read.row_F)
     quarter_F = np.minimum(4 * read.position_F // lengths[read.row_F], 3)
     by_quarter = curves.curve(
-        read.teacher_part_F, quarter_F, read.row_F, job.problem_B, np.arange(5),
-        denominator_N=both_F,
-    )  # fmt: skip
+        read.teacher_part_F, quarter_F, read.row_F, job.problem_B, range(5), denominator_N=both_F
+    )
     return {
         "variance": _curve(read.variance_F, read, job, edges).record(),
         "teacher_part": _curve(read.teacher_part_F, read, job, edges).record(),
@@ -197,9 +194,7 @@ def measure_compatibility(job: Job, read, responses, records) -> dict:
         name: curves.mean(np.where(ended_B, stop_F[last_B], np.nan), job.problem_B)
         for name, stop_F in (("student", read.student_stop_F), ("teacher", read.teacher_stop_F))
     }
-    summary = records and evaluate.summarise(
-        records, resamples=job.args.resamples, seed=job.args.seed
-    )
+    summary = records and evaluate.summarise(records, **job.resampling())
     return {
         "overlap": _token_mean(read.overlap_F, read, job),
         "student_mass": _token_mean(read.student_mass_F, read, job),

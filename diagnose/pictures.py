@@ -27,11 +27,7 @@ TOKEN = "token of the response"
 
 
 def _numbers(values) -> np.ndarray:
-    """Floats, nan for None.
-
-    >>> _numbers([1, None]).tolist()
-    [1.0, nan]
-    """
+    """Floats, nan for None."""
     return np.array([math.nan if x is None else x for x in values], dtype=float)
 
 
@@ -41,9 +37,7 @@ def _means(means) -> tuple[np.ndarray, np.ndarray]:
     return mean, 1.96 * np.nan_to_num(se)
 
 
-def _draw_curve(
-    axes, curve: dict, colour, label=None, dashes="-", quartiles=False, first=0
-) -> None:
+def _draw_curve(axes, curve: dict, colour, label=None, dashes="-", quartiles=False, first=0):
     """Mean, its interval and, if wanted, the middle half, where at least a tenth of the most
     responses run. `first`: the name of position 0."""
     responses = _numbers(curve["responses"])
@@ -73,9 +67,8 @@ def _figure_of(result: dict, columns: int, height: float, caption: str, **ratios
 def _margin_picture(result: dict):
     """By sentence, by token, and the release points."""
     s = result["students"]["student"]
-    figure, (by_sentence, by_token, release) = _figure_of(
-        result, 3, 2.9, "lines: means with 95% intervals; light: middle half"
-    )
+    caption = "lines: means with 95% intervals; light: middle half"
+    figure, (by_sentence, by_token, release) = _figure_of(result, 3, 2.9, caption)
     for who, (label, colour, dashes) in WRITERS.items():
         m = s["margin"][who]
         _draw_curve(by_sentence, m["by_sentence"], colour, label, dashes, True, first=1)
@@ -119,9 +112,8 @@ def _fidelity_picture(result: dict):
     """By position with the fit, and around the handover."""
     s = result["students"]["student"]
     jumps = s["fidelity"]["handover"]
-    figure, (by_token, *around) = _figure_of(
-        result, 1 + bool(jumps), 3.0, "thin: fitted logistic; dotted: t* with its 95% interval"
-    )
+    caption = "thin: fitted logistic; dotted: t* with its 95% interval"
+    figure, (by_token, *around) = _figure_of(result, 1 + bool(jumps), 3.0, caption)
     for who, (label, colour, dashes) in WRITERS.items():
         _draw_curve(by_token, s["fidelity"][who]["curve"], colour, label, dashes)
         _draw_fit(by_token, s["fidelity"][who]["fit"], colour)
@@ -163,9 +155,8 @@ def _completion_picture(result: dict):
 def _signal_picture(result: dict):
     """Variance over the candidates, and the two parts of the gradient."""
     signal = result["students"]["student"]["signal"]
-    figure, (variance, parts, share) = _figure_of(
-        result, 3, 2.8, "lines: means with 95% intervals"
-    )
+    caption = "lines: means with 95% intervals"
+    figure, (variance, parts, share) = _figure_of(result, 3, 2.8, caption)
     _draw_curve(variance, signal["variance"], BLUE)
     _draw_curve(parts, signal["teacher_part"], ORANGE, "teacher's part")
     _draw_curve(parts, signal["own_part"], GREY, "student's own", DASHED)

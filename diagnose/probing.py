@@ -16,8 +16,7 @@ the teacher, is a sum of two parts, of which only the first depends on the teach
     dKL/dz_v = - p_v (log q_v - E_p log q)  +  p_v (log p_v - E_p log p)
 
 The first part is 0 where log q is the same for all tokens that the student would choose, as for a
-diffuse teacher. The second pulls towards the uniform distribution. This is what Proposition 1 of
-the LGR paper says about the variance of the teacher over the candidates.
+diffuse teacher (LGR, Proposition 1). The second pulls towards the uniform distribution.
 
 Letters: B rows, T tokens, F tokens of all responses one after the other, K candidates, E stop ids,
 V vocabulary.
@@ -43,26 +42,19 @@ LOWEST = -teachability.SOLE_CANDIDATE_MARGIN  # log-prob of what the teacher rul
 
 @dataclass(frozen=True)
 class Options:
-    """Of sampling and of the passes.
-
-    candidates     top K tokens of either model that are compared; the margin (of kind `margin`)
-                   looks at the first `margin_top_k` of the student's, lookahead at `group` of them
-    tau            lookahead acts where the student's entropy is above it, nats
-    batch_size     responses in flight
-    tokens         most tokens per pass, padding included; a longer response goes alone
-    """
+    """Of sampling and of the passes."""
 
     stop_ids: tuple[int, ...]
     pad_id: int
     vocab_size: int
     temperature: float = 1.0
-    candidates: int = 16
-    margin_top_k: int = 4
-    group: int = 8
-    tau: float = 0.2
-    margin: str = "logprob"
-    batch_size: int = 64
-    tokens: int = 16384
+    candidates: int = 16  # top K tokens of either model that are compared
+    margin_top_k: int = 4  # the student's first ones, which the margin looks at
+    group: int = 8  # the student's first ones, which lookahead looks at
+    tau: float = 0.2  # lookahead acts where the student's entropy is above it, nats
+    margin: str = "logprob"  # its kind
+    batch_size: int = 64  # responses in flight
+    tokens: int = 16384  # most tokens per pass, padding included; a longer response goes alone
     progress: bool = True
 
 
@@ -91,15 +83,13 @@ class Readings:
 
 
 def gradient_parts(student_logp_BTK, teacher_logp_BTK):
-    """The variance of the teacher's log-probs over the candidates, and the norms of both parts of
-    the gradient of the reverse KL in the candidates' logits (see above).
+    """The variance of the teacher's log-probs over the candidates, and the norms of the teacher's
+    and the student's own part of the gradient in the candidates' logits (see above), [B, T] each.
 
-    student_logp_BTK, teacher_logp_BTK: nats, K candidates on the last axis. The student's are
-        renormalised over the candidates; with K = V nothing is approximated. Of the teacher's only
-        differences count; -inf counts as LOWEST.
-    Returns variance, teacher's part, student's own part, [B, T] each. The variance is weighted by
-    the student's probabilities, as the gradient is; an unweighted one would be dominated by
-    candidates that are never drawn.
+    student_logp_BTK: nats, renormalised over the candidates; with K = V nothing is approximated.
+    teacher_logp_BTK: nats; only differences count; -inf counts as LOWEST.
+    The variance is weighted by the student's probabilities, as the gradient is; an unweighted one
+    would be dominated by candidates that are never drawn.
 
     >>> student = torch.tensor([0.5, 0.5]).log()
     >>> parts = gradient_parts(student, torch.tensor([0.9, 0.1]).log())
@@ -177,9 +167,8 @@ def batches(prompts, responses, options: Options, device, desc: str):
 
 @torch.no_grad()
 def read(
-    student, teacher, prompts, responses, options: Options, *, lookahead: bool = False,
-    desc="scoring",
-) -> Readings:  # fmt: skip
+    student, teacher, prompts, responses, options: Options, *, lookahead=False, desc="scoring"
+) -> Readings:
     """Pass over responses with both models and keep the numbers of `Readings`.
 
     prompts, responses: lists of ids, one prompt per response, neither empty.
@@ -243,9 +232,7 @@ def _read_batch(student, teacher, ids_BT, mask_BT, options: Options, lookahead: 
             teacher, ids_BT, mask_BT, hesitates_BT, group_BTK, cache=trunk.past_key_values,
             hidden_BTD=trunk[0], vocab_size=options.vocab_size,
         )  # fmt: skip
-        pair = spread_and_pull(
-            logp_BTK[..., : options.group], confidence_BTK, group_BTK, ids_BT
-        )
+        pair = spread_and_pull(logp_BTK[..., : options.group], confidence_BTK, group_BTK, ids_BT)
         yield from zip(("spread_F", "pull_F"), pair, strict=True)
 
 

@@ -113,10 +113,8 @@ def _judge_completion(s: dict) -> Verdict:
                "alone."  # fmt: skip
         return Verdict("completion", "bad", says, rule, LGR)
     last = points[-1]
-    says = (
-        f"From the student's first {helps[-1]} tokens the teacher still gets more right than the "
-        "student alone"
-    )
+    says = f"From the student's first {helps[-1]} tokens the teacher still gets more right than " \
+           "the student alone"  # fmt: skip
     if _sign(last["over_teacher"]) < 0:
         says += f"; from its first {last['tokens']} it gets {_two(last['accuracy']['mean'])} " \
                 "right, less than from scratch"  # fmt: skip
@@ -126,10 +124,8 @@ def _judge_completion(s: dict) -> Verdict:
 
 def _judge_fidelity(s: dict) -> Verdict:
     """Does the teacher's confidence fall along the student's responses, and only there?"""
-    rule = (
-        f"a fall of at least {curves.FALL}, t* located (R² at least {curves.EXPLAINED}, interval "
-        "inside the fitted range)"
-    )
+    rule = f"a fall of at least {curves.FALL}, t* located (R² at least {curves.EXPLAINED}, " \
+           "interval inside the fitted range)"  # fmt: skip
     fit, control = (s["fidelity"][who]["fit"] for who in ("student", "teacher"))
     if fit is None:
         return Verdict("fidelity", "-", "Too few problems or positions for a fit.", rule, LGR)
@@ -188,10 +184,8 @@ def _judge_signal(s: dict) -> Verdict:
 
 def _judge_lookahead(s: dict) -> Verdict:
     """Would lookahead see differences, and would following them be right?"""
-    rule = (
-        f"the choice matters at {TELLS:.0%} of the hesitations; 95% interval of its correlation "
-        "with being right"
-    )
+    rule = f"the choice matters at {TELLS:.0%} of the hesitations; 95% interval of its " \
+           "correlation with being right"  # fmt: skip
     ahead = s["lookahead"]
     if ahead["why_not"]:
         return Verdict("lookahead", "-", f"Not measured: {ahead['why_not']}.", rule, LGR)

@@ -91,8 +91,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_config(out: Path) -> dict | None:
-    """config.json of a run that began there; None where there is none yet. ValueError: it is not
-    the JSON object that `write_json` left."""
+    """config.json of a run that began there, None if there is none. ValueError: not a run's."""
     path = Path(out) / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -112,12 +111,8 @@ def changed_flags(config: dict, flags: dict, may_change=()) -> list[str]:
     ['--lr 0.1, now 0.2']
     """
     then, now = config["flags"], json.loads(json.dumps(flags))
-    names = [name for name in {**then, **now} if name not in may_change]
-    return [
-        f"--{name.replace('_', '-')} {then.get(name)}, now {now.get(name)}"
-        for name in names
-        if then.get(name) != now.get(name)
-    ]
+    names = [k for k in then | now if k not in may_change and then.get(k) != now.get(k)]
+    return [f"--{k.replace('_', '-')} {then.get(k)}, now {now.get(k)}" for k in names]
 
 
 def lock(file) -> None:
@@ -137,8 +132,7 @@ def write_fault(out: Path, name: str, tensors: dict) -> Path:
 
 def first_fault(out: Path, text: str) -> str:
     """The error of the first process to report one; `text` if that is this one.  It stands in
-    faults/first.txt, which only one process can create; an earlier run's is taken away by
-    `forget_faults`."""
+    faults/first.txt, which only one process can create."""
     path = Path(out) / "faults" / "first.txt"
     try:
         path.parent.mkdir(exist_ok=True)
@@ -309,8 +303,7 @@ def restore(checkpoint: Checkpoint, model, optimizer, scheduler=None) -> None:
 
 
 def random_state() -> dict:
-    """This process's random numbers, of torch (CPU and GPU), Python and numpy, as JSON can have
-    them."""
+    """This process's random numbers, of torch (CPU and GPU), Python and numpy, for JSON."""
     kind, keys, *rest = np.random.get_state()
     state = {
         "torch": _text(torch.get_rng_state()),
@@ -387,7 +380,9 @@ def name_the_path(path: Path, partial: Path | None = None):
     except (OSError, SafetensorError) as error:
         if partial is not None:
             _remove(partial)
-        number = error.errno if isinstance(error, OSError) else _number_in(str(error))
+        quoted = re.search(r"os error (\d+)", str(error))  # safetensors' errors have no errno
+        number = int(quoted[1]) if quoted and int(quoted[1]) in errno.errorcode else None
+        number = error.errno if isinstance(error, OSError) else number
         reason = os.strerror(number) if number else str(error)
         raise OSError(number or 0, f"cannot be written: {reason}", str(path)) from error
 
@@ -399,9 +394,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _number_in(message: str) -> int | None:
-    """The errno in an error of safetensors, which is no OSError but quotes one."""
-    found = re.search(r"os error (\d+)", message)
-    return int(found[1]) if found and int(found[1]) in errno.errorcode else None

@@ -122,10 +122,9 @@ def render_prompts(tokenizer, problems, *, thinking=False):
     thinking ignore it). Without a template: the messages' contents joined by blank lines, another
     blank line, and the tokenizer's own special tokens, but no EOS at the end.
 
-    Raises ValueError, naming the problem, when its text holds a control token (`<|im_end|>` inside
-    a problem would end the user's turn; plain added tokens such as `<think>` pass) or becomes one
-    together with what the template puts beside it, cannot be spelled by the tokenizer, is refused
-    by the template, or renders to nothing.
+    ValueError, naming the problem, when its text holds a control token (`<|im_end|>` would end the
+    user's turn; plain added tokens such as `<think>` pass) or becomes one next to the template's,
+    cannot be spelled by the tokenizer, is refused by the template, or renders to nothing.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
@@ -208,11 +207,9 @@ def stop_ids(*sources):
             ids = getattr(part, "eos_token_id", None)
             found.update([ids] if isinstance(ids, numbers.Integral) else ids or [])
     if not found:
-        names = {getattr(source, "name_or_path", "") for source in sources} - {""}
-        raise ValueError(
-            f"{', '.join(sorted(names))}: no stop token: neither the models' configs nor the "
-            "tokenizer has an EOS"
-        )
+        names = sorted({getattr(source, "name_or_path", "") for source in sources} - {""})
+        why = "neither the models' configs nor the tokenizer has an EOS"
+        raise ValueError(f"{', '.join(names)}: no stop token: {why}")
     return sorted(found)
 
 

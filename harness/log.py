@@ -30,8 +30,7 @@ class Log:
     """log.jsonl: a line is in the file when `write` returns, and on the disk after `flush`.
 
     keep: bytes of an earlier run to go on behind; what lies beyond moves to log.dropped.jsonl.
-    ValueError: there are fewer. OSError: another process has the log (until that closes it or is
-    gone), or it cannot be written.
+    ValueError: there are fewer. OSError: another process has the log, or it cannot be written.
     """
 
     def __init__(self, out: Path, keep: int = 0):

@@ -118,16 +118,9 @@ def check_sampling(path, model, prompts, max_new_tokens):
         raise ValueError(f"{path}: {first_line(error)}") from error
 # ------------------------------------------------------------------------ what the leaves can serve
 def check_supported(model, longest: int) -> None:
-    """Refuse a model that sampling or tree attention would silently get wrong.
-
-    Both hand it a 4D mask, position ids and a cache of plain keys and values.  `longest`: tokens of
-    prompt and response.  Nothing is computed: this is what config and signature say.
-
-    Raises:
-        ValueError: an encoder-decoder; an attention implementation without 4D masks; no argument
-            for position ids; layers that are recurrent, chunked or local; a sliding window or a
-            position limit that is too short.
-    """
+    """ValueError if config or signature says that sampling or tree attention would silently get
+    the model wrong. Both hand it a 4D mask, position ids and a cache of plain keys and values.
+    longest: tokens of prompt and response."""
     config, name = model.config.get_text_config(decoder=True), type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder, not a causal LM")
@@ -152,15 +145,9 @@ def check_supported(model, longest: int) -> None:
 
 # ----------------------------------------------------------------------- a student and a teacher
 def common_vocabulary(student_tokenizer, teacher_tokenizer) -> int:
-    """Number of leading ids that mean the same token to both.
-
-    Raises:
-        ValueError: an id below the shorter tokenizer's length stands for different tokens.
-    """
-    names = [
-        {i: token for token, i in tokenizer.get_vocab().items()}
-        for tokenizer in (student_tokenizer, teacher_tokenizer)
-    ]
+    """Number of ids in the shorter tokenizer; ValueError unless they mean the same to both."""
+    tokenizers = student_tokenizer, teacher_tokenizer
+    names = [{i: token for token, i in each.get_vocab().items()} for each in tokenizers]
     size = min(max(by_id) + 1 for by_id in names)
     wrong = [i for i in range(size) if names[0].get(i) != names[1].get(i)]
     if wrong:

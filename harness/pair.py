@@ -5,6 +5,7 @@ import hashlib
 import json
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 import fast.decode
 import fast.head
@@ -152,6 +153,4 @@ def load_models(run, device) -> None:
     betas = args.beta1, args.beta2
     run.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=device.type == "cuda")
     warmup = max(args.warmup_steps, 1)
-    run.scheduler = torch.optim.lr_scheduler.LambdaLR(
-        run.optimizer, lambda done: min(1.0, (done + 1) / warmup)
-    )
+    run.scheduler = LambdaLR(run.optimizer, lambda done: min(1.0, (done + 1) / warmup))

@@ -133,12 +133,8 @@ def gather_objects(value) -> list:
 
 
 def raise_on_all_ranks(work):
-    """`work()` in every process; if it fails in one, its error in all: nobody waits for one that
-    has left.
-
-    Raises:
-        ValueError: `work` raised a ValueError or an OSError somewhere; with the rank, if not here.
-    """
+    """`work()` in every process. If it raises a ValueError or an OSError in one, a ValueError in
+    all, with that rank, if it is another: nobody waits for one that has left."""
     result, error = None, None
     try:
         result = work()

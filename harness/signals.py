@@ -13,14 +13,11 @@ from harness import checkpoint
 
 
 class Stop(BaseException):
-    """A signal asked the process to end; no `except Exception` on its way up may swallow it.
-
-    exit_code: 0 after SIGTERM, for ending when told is no failure; 130 after Ctrl-C and 129 after
-        the terminal hung up (SIGHUP), as shells have it.
-    """
+    """A signal asked the process to end; no `except Exception` on its way up may swallow it."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
+        # ending when told is no failure; 130 after Ctrl-C, 129 after SIGHUP, as shells have it
         self.exit_code = 0 if number == signal.SIGTERM else 128 + number
 
 
