@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print both tables, then as JSON the ratios at the last timed length and all peaks."""
     args = parse(argv)
     machine.use_threads(args.threads)
-    chunk = logprobs._chunk_size(args.chunk, torch.empty(args.vocabulary, 0, device=args.device))
+    chunk = args.chunk or (1024 if args.device == "cuda" else 256)  # as in logprobs.py
     print(f"V={args.vocabulary}, D={args.width}, {args.dtype}, chunks of {chunk}, "
           f"{machine.describe(args.device, args.threads)}")  # fmt: skip
     figures = show_times(args)

@@ -360,14 +360,14 @@ def open_run(args, origins, needs, interruptions) -> Run:
             raise error
 
     raise_on_all_ranks(raise_it)
-    if rank == 0:
-        flags.say("train.py", args, origins)
     run.signals = interruptions
     raise_on_all_ranks(lambda: pair.load_models(run, device))
     resumes, path = gather_objects(resume)[0]  # the folder is shared, but rank 0 alone looked
     if path is not None:
         raise_on_all_ranks(lambda: run.restore(path))
     raise_on_all_ranks(lambda: run.begin_folder(out, resumes, path) if rank == 0 else None)
+    if rank == 0:  # bad input is one line, so not before
+        flags.say("train.py", args, origins)
     if world > 1:
         devices = [device.index] if device.type == "cuda" else None
         run.student = DistributedDataParallel(run.student, device_ids=devices)

@@ -1,8 +1,6 @@
 """Properties of the public names of masks, and of scoring with them."""
 
 
-import functools
-
 import torch
 from conftest import VOCABULARY
 from hypothesis import strategies as st
@@ -13,12 +11,10 @@ from properties import (
     options,
     prompts_of_ids,
     prop,
-    refused_or,
     rollouts,
     seeded,
     seeds,
     splitter,
-    spoilt,
     tiny,
 )
 from runs import bare_run
@@ -40,35 +36,24 @@ def budgets(draw):
             "wanted_R": wanted, "first_row": 0}  # fmt: skip
 
 
-@prop("masks.first_tokens", "masks.spend", examples=120, x=budgets(), data=st.data(),
-      kind=st.sampled_from(masks.CONTROLS))
-def test_controls_with_bad_input(x, data, kind):
+@prop("masks.first_tokens", "masks.apportion", "masks.spend", examples=150, x=budgets(),
+      kind=st.sampled_from(masks.CONTROLS), share=st.floats(-0.2, 1.2), shift=st.integers(0, 2))
+def test_budgets_are_met_or_refused(x, kind, share, shift):
+    length_R, total = x["length_R"], int(share * x["length_R"].sum())
     keep_BT = masks.first_tokens(x["kept_R"], x["response_mask_BT"])
     assert torch.equal(keep_BT.sum(1), x["kept_R"])
     assert torch.equal(keep_BT[:, 1:], torch.arange(7) < x["kept_R"][:, None])
-    few = {"count_B": x["kept_R"], "response_mask_BT": x["response_mask_BT"]}
-    name, bad = spoilt(data.draw, few)
-    keep_BT = refused_or(masks.first_tokens, bad)
-    assert keep_BT is None or keep_BT.dtype == torch.bool and not (
-        keep_BT & ~bad["response_mask_BT"]).any()  # fmt: skip
-    name, bad = spoilt(data.draw, x)
-    function = functools.partial(masks.spend, kind, generator=seeded(1))
-    keep_BT = refused_or(function, bad)
-    if keep_BT is not None:
-        assert keep_BT.shape == bad["response_mask_BT"].shape and keep_BT.dtype == torch.bool
-        whole = bad["response_mask_BT"].sum() == x["length_R"].sum()  # not some of the rows
-        assert not whole or keep_BT.sum() == x["kept_R"].sum()
-
-
-@prop("masks.apportion", examples=200, x=budgets(), data=st.data(), share=st.floats(0, 1))
-def test_apportion_with_bad_input(x, data, share):
-    arguments = {"wanted_R": x["wanted_R"], "capacity_R": x["length_R"],
-                 "total": int(share * x["length_R"].sum())}  # fmt: skip
-    _, bad = spoilt(data.draw, arguments)
-    count_R = refused_or(masks.apportion, bad)
-    if count_R is not None:
-        assert count_R.dtype == torch.int64 and count_R.sum() == bad["total"]
-        assert bool(((count_R >= 0) & (count_R <= bad["capacity_R"])).all())
+    try:
+        count_R = masks.apportion(x["wanted_R"], length_R, total)
+        assert count_R.sum() == total and bool(((count_R >= 0) & (count_R <= length_R)).all())
+    except ValueError as error:
+        assert "total" in str(error) and not 0 <= total <= length_R.sum()
+    try:  # rows of another place in the batch
+        keep_BT = masks.spend(kind, **x | {"first_row": shift}, generator=seeded(1))
+        assert keep_BT.dtype == torch.bool and not (keep_BT & ~x["response_mask_BT"]).any()
+        assert keep_BT.sum() == x["kept_R"].sum()
+    except ValueError as error:
+        assert shift and "length_R" in str(error)
     big = 2**24  # whose products do not fit into 32 bits
     narrow = masks.apportion(torch.zeros(3).int(), torch.full((3,), big).int(), 3 * big // 2)
     assert narrow.tolist() == [big // 2] * 3

@@ -272,7 +272,7 @@ def score(*args, **options):
     scores = old(*args, **options)
     calls[0] += 1
     if calls[0] in {steps}:
-        scores.{field}[1, -9:] = {value}
+        scores.{field}[1] = {value}
     return scores
 train.score = score
 """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import last_line, result
+from runs import parse
 
 import toy
 from benchmarks import compare
@@ -120,10 +121,8 @@ def test_a_run_without_a_curve_is_not_taken_for_one_with(tmp_path):
 
 
 def test_every_experiment_is_made_of_flags_that_train_takes():
-    from flags import parse
-
     for cell, seed in compare.list_runs(compare.EXPERIMENTS | {"quick": ("", compare.QUICK)}, [7]):
-        _, args = parse(flags_of(cell, seed, ROOT / "x", []))
+        args = parse(flags_of(cell, seed, ROOT / "x", []))
         assert (args.toy, args.method, args.seed) == (cell.world, cell.method, 7)
         assert args.difficulty == cell.difficulty
         assert args.eval_every == (10 if cell.curve else 0)

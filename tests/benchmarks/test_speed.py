@@ -53,7 +53,7 @@ def test_a_real_command():
 def test_every_command_looks_for_the_project_first():
     """Else `import lgr` in a command would find the benchmark of that name."""
     commands = [path for path in (ROOT / "benchmarks").glob("*.py")
-                if "__main__" in path.read_text()]  # fmt: skip
+                if 'if __name__ == "__main__"' in path.read_text()]  # fmt: skip
     names = "compare figures lgr logprobs release rollout soak step verdicts"
     assert sorted(path.stem for path in commands) == names.split()
     project = {path.stem for path in ROOT.glob("*.py")} | {"benchmarks", "harness"}

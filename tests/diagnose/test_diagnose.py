@@ -92,7 +92,7 @@ def test_the_advice_in_worlds_whose_truth_is_known(world):
     grades = {v["item"]: v["grade"] for v in result["verdicts"]}
     assert result["command"]["method"] == method
     assert {item for item, grade in grades.items() if grade == "bad"} - {"completion"} == bad
-    more = [] if world == "horizon" else ["--toy", world]
+    more = ["--toy", world]
     flags_given = ["--threads", "1"]
     expected = ["torchrun", "train.py", "--method", method]
     assert sorted(shlex.split(result["command"]["command"])) == sorted(
@@ -534,7 +534,7 @@ def test_the_command_writes_report_and_pictures(tmp_path):
         assert f"]({path.name})" in (out / "report.md").read_text()
     result = json.loads((out / "report.json").read_text(), parse_constant=lambda x: 1 / 0)
     assert set(result["students"]) == {"student", "fork-student"}
-    assert result["models"]["--teacher"] == "assets/toy/horizon"  # wherever the repository lies
+    assert result["models"]["--teacher"] == "assets/toy/varied"  # wherever the repository lies
     for s in result["students"].values():
         for who in ("student", "teacher"):
             for curve in (s["margin"][who]["by_sentence"], s["margin"][who]["by_token"],
@@ -582,8 +582,8 @@ def test_an_earlier_report_is_moved_not_overwritten(tmp_path):
 def test_the_same_student_compared_with_itself_has_not_moved(tmp_path):
     other = tmp_path / "twin" / "student"
     shutil.copytree(toy.world("horizon").student, other)
-    result = run(*SMALL, "--difficulty", "10", "--count", "8", "--compare", other,
-                 folder=tmp_path / "new")  # fmt: skip
+    result = run(*SMALL, "--toy", "horizon", "--difficulty", "10", "--count", "8", "--compare",
+                 other, folder=tmp_path / "new")  # fmt: skip
     first, twin = result["students"]["student"], result["students"]["twin"]
     assert twin["shift"] == {"tokens": 0, "interval": [0, 0], "moved": False,
                              "width": toy.MOVE_TOKENS}  # fmt: skip
