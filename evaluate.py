@@ -229,6 +229,7 @@ def _open_model(args, path, problems):
     return {
         "model": model, "tokenizer": tokenizer, "prompts": prompts,
         "stop_ids": harness.stop_ids(model, tokenizer), "pad_id": harness.pad_id(tokenizer),
+        "decode": harness.fast_decode,
         "vocab_size": min(len(tokenizer), config.get_text_config(decoder=True).vocab_size),
     }  # fmt: skip
 

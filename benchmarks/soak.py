@@ -101,7 +101,7 @@ def end(process: subprocess.Popen, out: Path, number: int) -> None:
             pass
     process.wait(timeout=120)
     deadline = time.monotonic() + 60
-    while processes_of(out):  # sentence workers notice within a second that they are orphans
+    while processes_of(out):
         if time.monotonic() > deadline:
             raise RuntimeError(f"processes of {out} do not end: {processes_of(out)}")
         time.sleep(0.05)

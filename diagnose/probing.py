@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import fast.decode
 import harness
 import lgr
 import logprobs
@@ -140,7 +139,7 @@ def sample(model, prompts, options: Options, *, max_new_tokens: int, seed: int, 
                 model, part, max_new_tokens=max_new_tokens, eos_ids=options.stop_ids,
                 pad_id=options.pad_id, temperature=options.temperature, top_k=1,
                 batch_size=options.batch_size, generator=generator, vocab_size=options.vocab_size,
-                decode=fast.decode.decode,
+                decode=harness.fast_decode,
             )  # fmt: skip
             for ids_T, mask_T in zip(out.ids_BT.cpu(), out.response_mask_BT.cpu(), strict=True):
                 responses.append(ids_T[mask_T].tolist())

@@ -29,6 +29,7 @@ belongs to the last line. Inside: cli, flags (command lines), data (problems, pr
 (loading), processes, run, log, checkpoint, signals, machine.
 """
 
+from fast.decode import decode as fast_decode
 from harness.checkpoint import make_folder, write_json
 from harness.cli import BIG, MANY, MOST_THREADS, TINY, Parser, check_creatable, check_new_file
 from harness.cli import complain, first_line, number, path_name, write_new_file

@@ -107,14 +107,19 @@ def defaults(rows) -> dict:
     return {flag[2:].replace("-", "_"): default for flag, default, *_ in rows}
 
 
+def make_parser(program, tables, presets) -> Parser:
+    """The parser of these tables and of MACHINE."""
+    parser = Parser(prog=program, description=f"Every flag of {program}.", allow_abbrev=False)
+    for title, rows in (tables | MACHINE).items():
+        rows = [(flag, default, [*presets] if flag == "--preset" else check, text)
+                for flag, default, check, text in rows]  # fmt: skip
+        add_flags(parser.add_argument_group(title), rows)
+    return parser
+
+
 def parse(program, tables, methods, presets, argv=None):
     """(parser, namespace, {name: where its value came from}). Exits with 2 on bad flags."""
-    tables = tables | MACHINE
-    tables["run"] = [(flag, default, [*presets] if flag == "--preset" else check, text)
-                     for flag, default, check, text in tables["run"]]  # fmt: skip
-    parser = Parser(prog=program, description=f"Every flag of {program}.", allow_abbrev=False)
-    for title, rows in tables.items():
-        add_flags(parser.add_argument_group(title), rows)
+    parser = make_parser(program, tables, presets)
     given = vars(parser.parse_args(argv))
     values, origins = {}, {}
 
@@ -122,7 +127,7 @@ def parse(program, tables, methods, presets, argv=None):
         values.update(settings)
         origins.update(dict.fromkeys(settings, origin))
 
-    decide(defaults(sum(tables.values(), [])), "default")
+    decide(defaults(sum((tables | MACHINE).values(), [])), "default")
     preset = given.get("preset") or (None if "student" in given else "toy")
     decide({"preset": preset}, "no --student" if preset == "toy" else "default")
     decide(presets.get(preset, {}), f"--preset {preset}")

@@ -585,9 +585,13 @@ ALONE = {
 
 def all_flag_cases():
     """The flags of all commands, and what makes no sense together."""
+    import harness
+
     for command in ("train", "evaluate", "diagnose", "toy"):
-        module = importlib.import_module("flags") if command == "train" else module_of(command)
-        yield from flag_cases(command, module.make_parser())
+        module, tables = module_of(command), ()
+        if command == "train":
+            module, tables = harness.flags, ("train.py", module.FLAGS, module.PRESETS)
+        yield from flag_cases(command, module.make_parser(*tables))
         for word in UNKNOWN:
             yield case("flags", f"unknown {word}", command, [word], word.rstrip("\x1b[2J"))
         for more, culprit in COMBINATIONS[command]:
@@ -1084,7 +1088,8 @@ def is_file(command) -> bool:
 
 def module_of(command):
     """The module with the main function of a command."""
-    return importlib.import_module(command if is_file(command) else f"{command}.__main__")
+    inside = {"diagnose": "diagnose.command", "toy": "toy.__main__"}
+    return importlib.import_module(inside.get(command, command))
 
 
 def no_weights(*args, **named):
@@ -1131,7 +1136,8 @@ def child(c: Case, flags: list[str], folder: Path, real: bool) -> None:
         if c.group == "accepted":
             accept(c, flags)
         if not c.weights:
-            importlib.import_module("harness").load_model = no_weights
+            for module in ("harness", "harness.pair"):
+                importlib.import_module(module).load_model = no_weights
         code = module_of(c.command).main(flags) or 0
     except SystemExit as stop:
         code = stop.code

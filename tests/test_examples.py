@@ -82,7 +82,7 @@ seen = []
 class Watched(ReleaseTrainer):
     def _compute_loss(self, model, inputs, num_items_in_batch):
         loss = super()._compute_loss(model, inputs, num_items_in_batch)
-        seen.append((inputs, loss))
+        seen.append((inputs, loss[0]))
         return loss
 
 config = DistillationConfig(

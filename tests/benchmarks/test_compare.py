@@ -17,12 +17,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_compare(tmp_path, capsys):
-    """Two seeds; a second call runs again what is not finished and writes the same table. The runs
-    have sentence workers: processes forked from a forked process, which end with their own."""
+    """Two seeds; a second call runs again what is not finished and writes the same table."""
     command = ["--worlds", "fork", "--methods", "release+lgr", "--seeds", 3, 4, "--jobs", 1,
                "--out", tmp_path / "new", "--", "--steps", 1, "--difficulty", 1, "--eval-count", 2,
-               "--eval-samples", 1, "--prompts-per-step", 2,
-               "--sentence-workers", 2]  # fmt: skip
+               "--eval-samples", 1, "--prompts-per-step", 2]  # fmt: skip
     figures, shown = last_line(capsys, compare.main, *command)
     assert list(figures) == [f"fork/6/release+lgr/{seed}" for seed in (3, 4)]
     root = tmp_path / "new" / "runs" / "fork"

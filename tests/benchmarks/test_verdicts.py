@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from commands import last_line, result
 
-import diagnose
 from benchmarks import verdicts
+from diagnose import command as diagnose_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +40,7 @@ def test_verdicts(tmp_path, monkeypatch, capsys):
     def run_here(command, **_):
         commands.append(command)
         few = "--count 8 --samples 2 --resamples 20".split()
-        return SimpleNamespace(returncode=diagnose.main([*command[2:], *few]))
+        return SimpleNamespace(returncode=diagnose_command.main([*command[3:], *few]))
 
     commands = []
     monkeypatch.setattr(verdicts, "subprocess", SimpleNamespace(run=run_here))
@@ -52,11 +52,11 @@ def test_verdicts(tmp_path, monkeypatch, capsys):
     table = (tmp_path / "new" / "verdicts.md").read_text()
     assert "| clean | 12 | yes | opd 1/1 | " in table and "After training" not in table
     assert last_line(capsys, verdicts.main, *flags)[0]["seen"] == found["seen"]
-    assert [Path(command[1]) for command in commands] == [ROOT / "diagnose.py"]
+    assert [command[1:3] for command in commands] == [["-m", "diagnose"]]
 
 
 def test_a_diagnosis_that_fails_ends_the_command(tmp_path, monkeypatch):
-    failed = SimpleNamespace(returncode=2, stderr="diagnose.py: no such world")
+    failed = SimpleNamespace(returncode=2, stderr="diagnose: error: no such world")
     monkeypatch.setattr(verdicts, "subprocess", SimpleNamespace(run=lambda *_, **__: failed))
     with pytest.raises(SystemExit, match="no such world"):
         verdicts.diagnose("clean", 12, 0, tmp_path)
