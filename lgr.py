@@ -26,12 +26,12 @@ import types
 
 import torch
 
-# The teacher's confidence [C], of its log-probs and of the token that the student wrote next.
+# The teacher's confidence [C], of its logits, their log-sum-exp and the student's next token.
 # "max_prob" is the paper's, the others are our reading of two names in its ablation.
 SIGNALS = {
-    "max_prob": lambda logp_CV, next_C: logp_CV.amax(dim=-1).exp(),
-    "sampled_prob": lambda logp_CV, next_C: logp_CV.gather(1, next_C[:, None])[:, 0].exp(),
-    "entropy": lambda logp_CV, next_C: -torch.special.entr(logp_CV.exp()).sum(dim=-1),
+    "max_prob": lambda z_CV, lse_C, next_C1: (z_CV.amax(dim=-1) - lse_C).exp(),
+    "sampled_prob": lambda z_CV, lse_C, next_C1: (z_CV.gather(1, next_C1)[:, 0] - lse_C).exp(),
+    "entropy": lambda z_CV, lse_C, _: -torch.special.entr((z_CV - lse_C[:, None]).exp()).sum(-1),
 }
 
 
@@ -93,8 +93,8 @@ def _read_signal(hidden_ND, weight_VD, signal, next_N, chunk) -> torch.Tensor:
     """The confidence [N] after each hidden state; never more than [chunk, V] logits."""
     wide, out = torch.promote_types(weight_VD.dtype, torch.float32), []
     for hidden_CD, next_C in zip(hidden_ND.split(chunk), next_N.split(chunk), strict=True):
-        logp_CV = (hidden_CD @ weight_VD.T).log_softmax(dim=-1, dtype=wide)
-        out.append(SIGNALS[signal](logp_CV, next_C))
+        logits_CV = (hidden_CD @ weight_VD.T).to(wide)
+        out.append(SIGNALS[signal](logits_CV, logits_CV.logsumexp(dim=-1), next_C[:, None]))
     return torch.cat(out)
 
 

@@ -34,7 +34,7 @@ MACHINE = {
         ("--steps", 100, COUNT, "batches of rollouts"),
         ("--prompts-per-step", 128, COUNT, "over all processes"),
         ("--rollouts-per-prompt", 1, COUNT, "responses to each"),
-        ("--max-new-tokens", 8192, COUNT, "longest response; toy problems: half above the right"),
+        ("--max-new-tokens", 8192, (1, BIG), "longest response; on toys half above the right"),
         ("--temperature", 1.0, POSITIVE, "of sampling; the student is scored at the same one"),
     ],
     "models and data": [

@@ -58,8 +58,8 @@ ROWS = sum((train.FLAGS | harness.MACHINE).values(), [])
 
 
 @prop("harness.Parser", "harness.parse", "harness.make_parser", "harness.defaults",
-      "harness.left_open", "harness.say", "harness.check_processes", "harness.add_flags", examples=150,
-      argv=st.lists(st.sampled_from(sorted(flag for flag, *_ in ROWS))
+      "harness.left_open", "harness.say", "harness.check_processes", "harness.add_flags",
+      examples=150, argv=st.lists(st.sampled_from(sorted(flag for flag, *_ in ROWS))
                     | st.sampled_from(["0", "1", "-1", "2", "0.5", "nan", "1e99", "opd", "topk",
                                        "x", "", "std", "on", "own", "release", "\0", "--", "toy"])
                     | st.text(max_size=3), max_size=5))

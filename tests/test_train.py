@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -483,17 +484,21 @@ def test_two_processes_equal_one_with_uneven_counts(tmp_path):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["release", "lgr", "lgr_topk", "release+lgr", "random", "rkl"])
-def test_torchrun_with_two_processes_repeats_one_process(method, tmp_path):
-    """Prompts, draws, masks, rewards, counts: the whole command, 5 rollouts dealt 2 and 3."""
-    python = [sys.executable, ROOT / "train.py"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc_per_node", "2", ROOT / "train.py"]
-    for name, command in (("one", python), ("two", torchrun)):
-        # eps well above rounding, which decides the rewards in groups of equal confidences
-        fork = ["--toy", "fork", "--difficulty", "4", "--lgr-eps", "1e-3"]
-        world = fork if "lgr" in method else TOY
-        run_command(*command, *world, *SHORT, "--method", method, "--out", name, cwd=tmp_path)
+@pytest.mark.parametrize("method", ["release", "lgr_topk", "release+lgr", "random", "rkl"])
+def test_two_processes_repeat_one_process(method, tmp_path):
+    """Prompts, draws, masks, rewards, counts: the whole command, 5 rollouts dealt 2 and 3. One
+    method by torchrun, the others in two processes without the seconds that importing takes."""
+    # eps well above rounding, which decides the rewards in groups of equal confidences
+    fork = ["--toy", "fork", "--difficulty", "4", "--lgr-eps", "1e-3"]
+    flags = [*(fork if "lgr" in method else TOY), *SHORT, "--method", method]
+    train.main([*flags, "--out", str(tmp_path / "one")])
+    if method == "release":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node", "2", ROOT / "train.py"]  # fmt: skip
+        run_command(*torchrun, *flags, "--out", "two", cwd=tmp_path)
+    else:
+        ranks = forked.start_ranks([*flags, "--out", "two"], tmp_path)
+        assert [forked.finish(*rank).returncode for rank in ranks] == [0, 0]
     (one, one_eval), (two, two_eval) = (read_log(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):
@@ -520,8 +525,8 @@ def test_lookahead_lifts_the_fork_and_sinks_its_mirror(tmp_path):
     for world in ("fork", "fork-mirror"):
         for method in ("opd", "lgr"):
             out = tmp_path / f"{world}-{method}"
-            run_command(sys.executable, ROOT / "train.py", "--toy", world, "--method", method,
-                        "--steps", "10", "--out", out, cwd=tmp_path)
+            train.main(["--toy", world, "--method", method, "--steps", "10", "--out", str(out),
+                        "--eval-every", "0", "--eval-count", "100"])  # fmt: skip
             last[world, method] = read_log(out)[1][-1]
     for world in ("fork", "fork-mirror"):
         assert last[world, "opd"]["uncertain_wording"] > 0.4
@@ -531,18 +536,19 @@ def test_lookahead_lifts_the_fork_and_sinks_its_mirror(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- the command
-def test_a_run_of_the_users_own(tmp_path):
+def test_a_run_of_the_users_own(tmp_path, monkeypatch, capsys):
     """Local folders whose heads are padded differently, a JSONL, a student without template."""
     student = write_model(tmp_path / "student", seed=1, chat_template=False)
     teacher = write_model(tmp_path / "teacher", seed=2, vocab_size=300)
     problems = tmp_path / "mine.jsonl"
     lines = [{"problem": f"What is {i} + 1? Think."} for i in range(7)]
     problems.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    command = [sys.executable, ROOT / "train.py", "--student", student, "--teacher", teacher]
-    command += ["--problems", problems, "--prompts-per-step", "3", "--steps", "2"]
+    monkeypatch.chdir(tmp_path)
+    command = ["--student", str(student), "--teacher", str(teacher)]
+    command += ["--problems", str(problems), "--prompts-per-step", "3", "--steps", "2"]
     command += ["--max-new-tokens", "30", "--gradient-checkpointing", "--updates-per-rollout", "2"]
     command += ["--rescale", "sequence"]
-    run_command(*command, cwd=tmp_path)
+    train.main(command)
     folder = tmp_path / "runs" / "release-seed0"
     training, evaluations = read_log(folder)
     assert len(training) == 2 and evaluations == []
@@ -559,8 +565,9 @@ def test_a_run_of_the_users_own(tmp_path):
     assert not all(torch.equal(a, b) for a, b in pairs)
 
     # a second run moves the first one aside, whole
-    run_command(*command, "--eval-problems", problems, cwd=tmp_path, fails=True)  # no answers in it
-    run_command(*command, "--steps", "1", cwd=tmp_path)
+    with pytest.raises(SystemExit):  # no answers in it
+        train.main([*command, "--eval-problems", str(problems)])
+    train.main([*command, "--steps", "1"])
     assert len(read_log(folder)[0]) == 1
     assert len(read_log(folder.with_name("release-seed0.1"))[0]) == 2
 
@@ -644,9 +651,9 @@ def test_bad_input_is_one_line_that_names_the_culprit(folders, flags, culprit, m
     assert not (folders / "new").exists() and (folders / "full" / "thesis.txt").exists()
 
 
-@pytest.mark.parametrize("flags", ["--steps 0", "--problems bad.jsonl", "--out full"])
-def test_bad_input_to_the_real_command(folders, flags):
+def test_bad_input_to_the_real_command(folders):
     """A process of its own: nothing else is printed, exit code 2."""
+    flags = "--problems bad.jsonl"
     command = [sys.executable, ROOT / "train.py", *BASE.split(), *flags.split()]
     done = run_command(*command, cwd=folders, fails=True)
     assert done.returncode == 2 and not done.stdout
@@ -723,8 +730,10 @@ def test_candidates_needed():
     for flags, count in (("opd", 1), ("release", 4), ("lgr", 8), ("release+lgr", 8),
                          ("lgr_topk", 20), ("release --margin-top-k 3", 3), ("shuffled", 4),
                          ("prefix --prefix-tokens 9", 1), ("std --budget own", 1), ("jsd", 1)):
-        run = make_run("--toy", "fork", *SHORT, "--difficulty", "1", "--method", *flags.split())
-        assert sample(run, 0).topk_ids_BTK.shape[2] == count
+        needed = train.needs(parse(["--toy", "fork", "--method", *flags.split()])).candidates
+        assert max(needed.values(), default=1) == count
+    run = make_run("--toy", "fork", *SHORT, "--difficulty", "1", "--method", "release+lgr")
+    assert sample(run, 0).topk_ids_BTK.shape[2] == 8
 
 
 def test_config_without_git(monkeypatch):
@@ -763,17 +772,22 @@ def test_quarters_are_even_and_ordered():
     assert (quarter_BT[~mask_BT] == 4).all()
 
 
-def test_lookahead_refuses_a_teacher_with_a_short_sliding_window(folders, tmp_path):
+def test_lookahead_refuses_a_teacher_with_a_short_sliding_window(
+    folders, tmp_path, monkeypatch, capsys
+):
     from transformers import MistralConfig, MistralForCausalLM
 
     shutil.copytree(folders / "model", tmp_path / "teacher")
     config = MistralConfig(vocab_size=259, hidden_size=32, intermediate_size=48, sliding_window=16,
                            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     MistralForCausalLM(config).save_pretrained(tmp_path / "teacher")
-    command = [sys.executable, ROOT / "train.py", "--student", folders / "model", "--teacher",
-               tmp_path / "teacher", "--problems", folders / "good.jsonl", "--max-new-tokens", "20",
-               "--steps", "1", "--prompts-per-step", "1"]
-    done = run_command(*command, "--method", "lgr", cwd=tmp_path, fails=True)
-    assert done.returncode == 2 and "sliding window of 16" in done.stderr.splitlines()[-1]
+    monkeypatch.chdir(tmp_path)
+    command = ["--student", str(folders / "model"), "--teacher", str(tmp_path / "teacher"),
+               "--problems", str(folders / "good.jsonl"), "--max-new-tokens", "20", "--steps", "1",
+               "--prompts-per-step", "1"]  # fmt: skip
+    with pytest.raises(SystemExit) as left:
+        train.main([*command, "--method", "lgr"])
+    assert left.value.code == 2
+    assert "sliding window of 16" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "runs").exists()
-    run_command(*command, "--method", "opd", cwd=tmp_path)  # its own forward pass is no problem
+    train.main([*command, "--method", "opd"])  # its own forward pass is no problem
