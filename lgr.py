@@ -77,8 +77,8 @@ def _read_leaves(model, trunk, row_N, position_N, token_N) -> torch.Tensor:
 
 def _slices(leaf_BTK, nodes_per_slice: int):
     """Yield (row_N, column_N, slot_N) of the leaves of one forward pass after another, sorted by
-    row, then column; at most `nodes_per_slice`, padding included. Its longest row and its last
-    column are paid for by all, so a row gives its next few (`most`), of neighbouring columns."""
+    row, then column; at most `nodes_per_slice`, padding included. All rows are padded to the
+    longest and masked up to the last column, so a row gives its next few (`most`) at a time."""
     left_N3, most = leaf_BTK.nonzero(), max(64, leaf_BTK.shape[1] // 8)
     while len(left_N3):
         row_R, own_N = left_N3[:, 0].unique(return_inverse=True)

@@ -13,7 +13,7 @@ A mask is a function that asks for what it needs by the names of its parameters:
     max_prob_BT         the teacher's largest probability
     candidate_logp_BTK  the teacher's log-probs of the student's top K, nats
     segments            the sentence of every response token, int64 [T] per row
-    any flag            by its name: margin, min_segments, bic_eps, ...
+    any flag            by its name: margin, min_segments, ...; other keywords keep their defaults
 
 It returns q_BT, true where a token is supervised (or a weight >= 0), or a `Mask`. For one of your
 own write such a function, add it to MASKS and run `train.py --mask mine`.
@@ -27,7 +27,7 @@ Controls take apart why the release rule helps: `spend` places as many tokens as
 
 Ours, where the paper is silent: the batch is all rollouts of a step on all processes; what is
 missing to the budget is added in proportion to the room left, what is too much taken back likewise;
-a rollout that was not released passes "to the end" on.
+in `shuffled`, a rollout that was not released hands on "keep everything".
 
 Letters: B rows of this process, R of all processes, T tokens, K candidates, N sentences, F tokens
 of all responses one behind the other.

@@ -82,8 +82,8 @@ def change_point(scores_N, *, min_segments: int = 2, eps: float = 1e-12) -> Chan
 def release_point(scores_N, *, min_segments: int = 2, eps: float = 1e-12) -> ChangePoint:
     """`change_point` of a series in which nan marks a sentence without a token that counts.
 
-    The drop is sought among the other sentences. `kept`, in the numbering of scores_N, reaches up
-    to the first of them after the drop. Arguments and errors as in `change_point`.
+    The drop is sought among the other sentences. `kept` counts all sentences, those marked nan
+    too, before the first scored one after the drop. Arguments and errors as in `change_point`.
 
     >>> change_point([2.1, 1.9, 0.6, 0.4]).kept
     2

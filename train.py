@@ -71,7 +71,7 @@ FLAGS = {
         ("--bic-eps", 1e-12, POSITIVE, "floor of the residual sum of squares"),
         ("--rescale", "batch", ["batch", "sequence", "none"], "scope of the loss mass kept"),
         ("--loss-mean", "token", ["token", "response"], "of tokens, or of responses' means"),
-        ("--budget", "release", ["release", "own"], "a control keeps as many tokens as"),
+        ("--budget", "release", ["release", "own"], "a control keeps as many, or (std) its own"),
         ("--prefix-tokens", 0, ANY, "of mask prefix: so many of every response instead; 0: off"),
     ],
     "lookahead": [
@@ -132,7 +132,7 @@ class Scores:
     keep_BT: torch.Tensor = None  # q_t
     released_B: torch.Tensor = None  # the rule fired, with BIC0 - BIC1 = gain
     gain_B: torch.Tensor = None
-    wanted_B: torch.Tensor = None  # tokens that it keeps; of a control: that its own rule keeps
+    wanted_B: torch.Tensor = None  # tokens that it keeps; of std: before its own change point
     trigger_BT: torch.Tensor = None  # lookahead happened
     spread_BT: torch.Tensor = None  # standard deviation of the group's confidences
     reward_BTK: torch.Tensor = None  # group reward of every candidate
@@ -192,7 +192,7 @@ def score(run, batch, segments) -> Scores:
             "candidate_logp_BTK": stats.candidate_logp_BTK[..., : args.margin_top_k],
             "segments": segments and [segments[row] for row in at[0].tolist()],
         }  # fmt: skip
-        mask = masks.apply("release" if budget else args.mask, seen)
+        mask = masks.apply("release" if budget else args.mask, seen)  # a control's comes later
         own = masks.apply("std", seen) if budget and args.mask == "std" else mask
         out.put(at, keep_BT=mask.keep_BT, wanted_B=own.keep_BT.sum(dim=1),
                 released_B=own.released_B, gain_B=own.gain_B)  # fmt: skip
@@ -253,7 +253,7 @@ def token_weights(l_BT, q_BT, rescale: str, total: float, kept: float):
     """
     w_BT = l_BT * q_BT
     if rescale == "batch":
-        return w_BT / (kept or 1)
+        return w_BT / (kept or 1)  # sum(l) cancels
     if rescale == "sequence":
         kept_B1 = w_BT.sum(dim=1, keepdim=True)
         w_BT = w_BT * l_BT.sum(dim=1, keepdim=True) / torch.where(kept_B1 > 0, kept_B1, 1)
