@@ -517,6 +517,20 @@ def test_two_processes_repeat_one_process(method, tmp_path):
         assert ("uncertain_wording" in a) == ("lgr" in method)  # the fork world has it
 
 
+@pytest.mark.parametrize("method", ["release", "rkl"])
+def test_without_fast_a_run_is_the_same_up_to_rounding(method, tmp_path):
+    """The whole command by the plain decode step and the plain head."""
+    for fast in ("on", "off"):
+        out = str(tmp_path / fast)
+        train.main([*TOY, *SHORT, "--method", method, "--fast", fast, "--out", out])
+    (on, on_eval), (off, off_eval) = (read_log(tmp_path / fast) for fast in ("on", "off"))
+    for a, b in zip(on, off, strict=True):
+        assert a["kept_tokens"] == b["kept_tokens"]
+        for key in "loss reverse_kl entropy grad_norm response_tokens".split():
+            assert math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-5), key
+    assert [x["accuracy"] for x in on_eval] == [x["accuracy"] for x in off_eval]
+
+
 def test_lookahead_lifts_the_fork_and_sinks_its_mirror(tmp_path):
     """Ten steps, whole commands.  Nothing local tells the two wordings apart, so plain OPD keeps
     both; LGR takes the one after which the teacher is sure: right in one world, wrong in the
