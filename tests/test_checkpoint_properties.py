@@ -15,7 +15,7 @@ from properties import NAN, prop, seeded, seeds
 from harness import checkpoint
 from harness.log import Log, check_log
 from harness.processes import raise_on_all_ranks
-from harness.signals import Interruptions, Stop
+from harness.signals import STOPS, Interruptions, Stop
 
 # ---------------------------------------------------------------------------------- a run's folder
 names = st.text("abcdefgh_", min_size=1, max_size=5)
@@ -125,7 +125,7 @@ def test_any_optimizer_goes_on_bit_for_bit(seed, lr, betas, kind, before):
 
 
 @prop("harness.Interruptions", "harness.Stop", examples=60,
-      events=st.lists(st.sampled_from(["hold", "release", *sorted(checkpoint.STOPS)]), max_size=8))
+      events=st.lists(st.sampled_from(["hold", "release", *sorted(STOPS)]), max_size=8))
 def test_a_stop_is_raised_once_at_the_first_moment_that_is_not_held(events):
     held, waiting, expected = False, None, None
     for number, event in enumerate(events):

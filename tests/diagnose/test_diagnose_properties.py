@@ -28,7 +28,7 @@ from diagnose import command, pictures, report, verdicts
 
 # ----------------------------------------------------------------------- diagnose, report, pictures
 @prop("diagnose.check_out", examples=40,
-      names=st.sets(st.sampled_from(["diagnose.json", "diagnose.md", "thesis.txt", "config.json"])),
+      names=st.sets(st.sampled_from(["report.json", "report.md", "thesis.txt", "config.json"])),
       there=st.booleans(), file=st.booleans())
 def test_only_an_earlier_report_is_in_nobodys_way(names, there, file):
     with tempfile.TemporaryDirectory() as folder:
@@ -328,7 +328,7 @@ def test_any_diagnosis_ends_with_a_report_or_one_line(seed, count, kind, samples
             assert line.startswith("diagnose: error: ") and line.count("\n") == 1
             assert not out.exists()
             return
-        assert sorted(os.listdir(out)) == ["diagnose.json", "report.md"]
+        assert sorted(os.listdir(out)) == ["report.json", "report.md"]
         result = json.loads((out / "report.json").read_text())
         page = (out / "report.md").read_text()
     strict(result)
