@@ -158,7 +158,7 @@ def test_a_row_does_not_depend_on_its_neighbours(model, temperature, decode):
     batched matrix products is too small to flip a draw."""
     model = model.double()
     whole = sample(model, temperature=temperature, decode=decode)
-    for batch_size in (1, 2, 3, 5):
+    for batch_size in (1, 3):
         out = sample(model, temperature=temperature, decode=decode, batch_size=batch_size)
         assert [response(out, r) for r in range(len(PROMPTS))] == [
             response(whole, r) for r in range(len(PROMPTS))
@@ -174,6 +174,14 @@ def test_cumulative_sum_never_draws_an_impossible_token():
     token, logp, entropy, topk = rollout.sample_token(logits, 1.0, uniform, 2)
     assert token.tolist() == [1, 3]
     assert torch.allclose(entropy, torch.tensor(2.0).log()) and sorted(topk[0].tolist()) == [1, 3]
+
+
+def test_the_cumulative_sum_tells_tiny_probabilities_apart():
+    """A thousand tokens of 1e-9 each at the end, far below the step of float32 at 1."""
+    prob_V = torch.cat([torch.tensor([1 - 1e-6]).double(), torch.full((1000,), 1e-9).double()])
+    uniform_S = 1 - torch.tensor([1e-6, 5.005e-7, 0.005e-7], dtype=torch.float64)
+    token_S, *_ = rollout.sample_token(prob_V.log().expand(3, -1), 1.0, uniform_S + 1e-13, 1)
+    assert (token_S - torch.tensor([1, 500, 1000])).abs().max() <= 1
 
 
 def test_vocab_size_cuts_the_distribution(model):
