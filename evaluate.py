@@ -22,7 +22,6 @@ import time
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
 
 import answers
 import harness
@@ -115,7 +114,7 @@ def sample_answers(
     options = {"max_new_tokens": max_new_tokens, "eos_ids": stops, "pad_id": pad_id, "top_k": 1}
     options |= {"temperature": temperature, "generator": generator, "vocab_size": vocab_size}
     options |= {} if decode is None else {"decode": decode}
-    with tqdm(total=len(rows), unit="response", disable=not progress, leave=False) as bar:
+    with harness.sampling_bar(len(rows), show=progress) as options["progress"]:
         # several batches per call: rows that end early make room for the next ones
         for first in range(0, len(rows), 4 * batch_size):
             part = rows[first : first + 4 * batch_size]
@@ -123,7 +122,6 @@ def sample_answers(
             ids_BT, mask_BT = out.ids_BT.cpu(), out.response_mask_BT.cpu()
             for (problem, _), ids_T, mask_T in zip(part, ids_BT, mask_BT, strict=True):
                 records.append(check_answer(tokenizer, ids_T[mask_T].tolist(), problem, stops))
-                bar.update()
     return [records[i : i + samples] for i in range(0, len(records), samples)]
 
 

@@ -145,7 +145,7 @@ def decode_step(model, cache: SlotCache, token_S, column_S, width: int):
 def generate(
     model, prompts, *, max_new_tokens: int, eos_ids, pad_id: int, temperature: float = 1.0,
     top_k: int = 8, batch_size: int | None = None, generator: torch.Generator | None = None,
-    vocab_size: int | None = None, decode=None,
+    vocab_size: int | None = None, decode=None, progress=None,
 ) -> Rollout:  # fmt: skip
     """Sample one response per prompt, in eval mode; rows come back in the order of the prompts.
 
@@ -161,6 +161,7 @@ def generate(
     vocab_size      sample only ids below this (checkpoints pad their heads); default all
     decode          a faster step (fast/decode.py): decode(model, cache, step) returns what stands
                     in for step(token_S, column_S, width), which is `decode_step`
+    progress        called after every step: progress(tokens drawn, responses that ended with them)
     ValueError: an empty prompt, a number out of range, logits that are not finite, an unused cache.
     """
     lengths = [len(prompt) for prompt in prompts]
@@ -181,7 +182,11 @@ def generate(
     def draw(logits_SV, row_S, n_S):
         uniform_S = uniform_BN[row_S, n_S]
         token_S, *rest = sample_token(logits_SV[:, :vocab_size], temperature, uniform_S, top_k)
-        return torch.isin(token_S, eos_E), token_S, *rest
+        stopped_S = torch.isin(token_S, eos_E)
+        done_S = stopped_S | (n_S + 1 == max_new_tokens)
+        if progress:
+            progress(len(row_S), int(done_S.sum()))
+        return done_S, stopped_S, token_S, *rest
 
     cache = SlotCache(min(batch_size or B, B), longest + max_new_tokens)
     step = partial(decode_step, model, cache)
@@ -201,7 +206,7 @@ def _sample(ids_BT, lengths, model, cache: SlotCache, step, draw, top_k: int) ->
     mask_BT, truncated_B = zeros(shape, dtype=torch.bool), zeros(B, dtype=torch.bool)
     logp_BT, entropy_BT = zeros(shape), zeros(shape)
     topk_ids_BTK = zeros(*shape, top_k, dtype=torch.int64)
-    length_B, limit = torch.tensor(lengths, device=device), cache.columns - max(lengths)
+    length_B = torch.tensor(lengths, device=device)
     row_S = column_S = length_B[:0]  # of every live slot: its row, the column of the token to feed
     admitted = width = 0  # rows so far; columns in use, that of the token to feed included
     while len(row_S) or admitted < B:
@@ -218,11 +223,10 @@ def _sample(ids_BT, lengths, model, cache: SlotCache, step, draw, top_k: int) ->
         logits_SV = step(ids_BT[row_S, column_S], column_S, width)
         column_S, width = column_S + 1, width + 1  # from here on those of the token that is drawn
         n_S, at = column_S - length_B[row_S], (row_S, column_S)
-        stopped_S, token_S, *statistics = draw(logits_SV, row_S, n_S)
+        done_S, stopped_S, token_S, *statistics = draw(logits_SV, row_S, n_S)
         ids_BT[at], mask_BT[at] = token_S, True
         logp_BT[at], entropy_BT[at], topk_ids_BTK[at] = statistics
         truncated_B[row_S] = ~stopped_S  # the last step of a row decides
-        done_S = stopped_S | (n_S + 1 == limit)
         if done_S.any():
             kept_S = cache.retire(done_S, width)
             row_S, column_S = row_S[kept_S], column_S[kept_S]

@@ -156,12 +156,12 @@ class Scores:
 def sample(run, step: int):
     """1: this process's rollouts of a step, and the number of the first in the whole batch."""
     args, (prompts, first_row) = run.args, run.prompts_of(step)
-    with run.autocast():
+    with run.autocast(), harness.sampling_bar(len(prompts), show=run.rank == 0, delay=2) as moved:
         batch = rollout.generate(
             run.model, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
             eos_ids=run.stop_ids, pad_id=run.pad_id, vocab_size=run.vocab_size, decode=run.decode,
             top_k=max(run.needs.candidates.values(), default=1), batch_size=args.sample_batch,
-            generator=run.generator(step, first_row),
+            generator=run.generator(step, first_row), progress=moved,
         )  # fmt: skip
     run.watch.lap("sample")
     return batch, first_row

@@ -131,7 +131,7 @@ def sample(model, prompts, options: Options, *, max_new_tokens: int, seed: int, 
     """One response to each prompt: a list of lists of ids, the stop token included. Rows draw the
     same random numbers whatever the model, so that models can be compared."""
     generator, responses = torch.Generator().manual_seed(seed), []
-    with tqdm(total=len(prompts), desc=desc, unit="response", disable=not options.progress) as bar:
+    with harness.sampling_bar(len(prompts), desc, show=options.progress) as moved:
         size = 4 * options.batch_size  # several batches per call, so that free slots are refilled
         for first in range(0, len(prompts), size):
             part = prompts[first : first + size]
@@ -139,11 +139,10 @@ def sample(model, prompts, options: Options, *, max_new_tokens: int, seed: int, 
                 model, part, max_new_tokens=max_new_tokens, eos_ids=options.stop_ids,
                 pad_id=options.pad_id, temperature=options.temperature, top_k=1,
                 batch_size=options.batch_size, generator=generator, vocab_size=options.vocab_size,
-                decode=harness.fast_decode,
+                decode=harness.fast_decode, progress=moved,
             )  # fmt: skip
             for ids_T, mask_T in zip(out.ids_BT.cpu(), out.response_mask_BT.cpu(), strict=True):
                 responses.append(ids_T[mask_T].tolist())
-            bar.update(len(part))
     return responses
 
 

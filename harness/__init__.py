@@ -7,6 +7,7 @@ What train.py touches:
     Needs                                         what the methods read
     ANY, COUNT, POSITIVE, SHARE                   limits of flags
     micro_batches(mask_BT, args)                  rows of similar length: yields (rows, columns)
+    sampling_bar(rows)                            responses and tokens while they are sampled
     CONTROL_STREAM                                of random numbers
 
 and of the run:
@@ -25,8 +26,8 @@ and of the run:
 
 A signal (SIGTERM, Ctrl-C, SIGHUP) ends a run at once, in the middle of sampling too, except between
 the first change of a weight and the line in the log: there it waits, so that a checkpoint always
-belongs to the last line. Inside: cli, flags (command lines), data (problems, prompts), models, pair
-(loading), processes, run, log, checkpoint, signals, machine.
+belongs to the last line. Files: cli, flags, data, models, pair, processes, run, log, checkpoint,
+signals, machine.
 """
 
 from fast.decode import decode as fast_decode
@@ -36,6 +37,7 @@ from harness.cli import complain, first_line, number, path_name, write_new_file
 from harness.data import check_fit, download_punkt, from_records, load_problems, pad_id
 from harness.data import render_prompts, stop_ids
 from harness.flags import ANY, COUNT, MACHINE, POSITIVE, SHARE, add_flags, defaults, left_open
+from harness.log import sampling_bar
 from harness.machine import check_device, surroundings
 from harness.models import check_head, check_sampling, check_supported, common_vocabulary
 from harness.models import load_config, load_model, load_tokenizer

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from harness.checkpoint import lock, name_the_path
 
@@ -103,10 +104,9 @@ def quarters(mask_BT: torch.Tensor) -> torch.Tensor:
 def batch_sums(batch, scores, args) -> dict[str, float]:
     """Numerators and denominators of this process's rows, to be added up over all processes."""
     mask_BT, keep_BT = batch.response_mask_BT, scores.keep_BT > 0
-    released_B = scores.released_B
-    if released_B is None:  # a mask without a change point
-        released_B = torch.zeros(len(mask_BT), dtype=torch.bool, device=mask_BT.device)
-    gain_B = torch.zeros(len(mask_BT)) if scores.gain_B is None else scores.gain_B
+    none_B = torch.zeros_like(mask_BT[:, 0])  # of a mask without a change point
+    released_B = none_B if scores.released_B is None else scores.released_B
+    gain_B = none_B if scores.gain_B is None else scores.gain_B
     rows = zip(batch.ids_BT, mask_BT, strict=True)
     grams = [repeated_ngrams(ids_T[mask_T]) for ids_T, mask_T in rows]
     kept_share_B = keep_BT.sum(1) / mask_BT.sum(1)
@@ -142,8 +142,7 @@ def batch_sums(batch, scores, args) -> dict[str, float]:
 
 def log_line(step, loss, norm, skipped, sums, seconds, args) -> dict:
     """One step for log.jsonl, of the sums over all processes."""
-    tokens, fired, triggered = sums["tokens"], sums["fired"], sums.get("triggered", 0)
-    total = sum(seconds.values())
+    tokens, fired, total = sums["tokens"], sums["fired"], sum(seconds.values())
 
     def per(name: str, count: float) -> float | None:
         return sums[name] / count if count else None
@@ -165,6 +164,7 @@ def log_line(step, loss, norm, skipped, sums, seconds, args) -> dict:
         "bic_gain_over_6": sums["bic_gain_over_6"] / sums["rollouts"],
     }
     if args.lookahead == "on":
+        triggered = sums["triggered"]
         line |= {
             "triggered": triggered / tokens,
             "group_std": per("group_std", triggered),
@@ -180,6 +180,22 @@ def log_line(step, loss, norm, skipped, sums, seconds, args) -> dict:
     }
 
 
+@contextlib.contextmanager
+def sampling_bar(rows: int, desc=None, *, show=True, delay=0.0):
+    """A bar of responses for the `progress` of `rollout.generate`. It moves with every token, since
+    a batch may end all at once. delay: seconds until it shows."""
+    tokens, how = 0, {"unit": "response", "leave": False, "miniters": 0}
+    with tqdm(total=rows, desc=desc, disable=not show, delay=delay, **how) as bar:
+
+        def progress(drawn: int, ended: int) -> None:
+            nonlocal tokens
+            tokens += drawn
+            bar.set_postfix_str(f"{tokens} tokens", refresh=False)
+            bar.update(ended)
+
+        yield progress if show else None
+
+
 def say_result(lines: list[dict]) -> None:
     """What came of a run, on stdout: first and last evaluation, and what went wrong on the way."""
     evaluations = [line for line in lines if "accuracy" in line]
@@ -188,9 +204,7 @@ def say_result(lines: list[dict]) -> None:
             "step {step}: mean@{samples} {accuracy:.3f}, 95% interval {accuracy_low:.3f} to "
             "{accuracy_high:.3f}, {problems} problems".format(**line)
         )
-    ood = [line["ood"]["accuracy"] for line in evaluations if "ood" in line]
-    if ood:
+    if ood := [line["ood"]["accuracy"] for line in evaluations if "ood" in line]:
         print(f"out of domain: {ood[0]:.3f} before, {ood[-1]:.3f} after")
-    skipped = sum(line.get("skipped", 0) > 0 for line in lines)
-    if skipped:
+    if skipped := sum(line.get("skipped", 0) > 0 for line in lines):
         print(f"{skipped} steps were skipped: loss or gradient was not finite")

@@ -138,9 +138,6 @@ def check_supported(model, longest: int) -> None:
     sliding = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
     if window and sliding and longest >= window:  # the library's cache keeps window - 1 tokens
         raise ValueError(f"{name}: {longest} tokens do not fit into its sliding window of {window}")
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and longest > limit:
-        raise ValueError(f"{name}: {longest} tokens exceed the model's context of {limit}")
 
 
 # ----------------------------------------------------------------------- a student and a teacher
@@ -163,9 +160,9 @@ def common_vocabulary(student_tokenizer, teacher_tokenizer) -> int:
 def check_head(flag: str, model, prompt: list[int]) -> None:
     """The chunked head computes hidden @ weight.T; refuse a model whose head does more."""
     ids_BT = torch.tensor([prompt], device=model.device)
-    head = model.get_output_embeddings()
     try:
-        ours = model.base_model(input_ids=ids_BT, use_cache=False)[0] @ head.weight.T
+        ours = model.base_model(input_ids=ids_BT, use_cache=False)[0]
+        ours = ours @ model.get_output_embeddings().weight.T
         theirs = model(input_ids=ids_BT, use_cache=False).logits
     except RuntimeError as error:  # sizes in the config that do not fit together
         raise ValueError(f"{flag} {type(model).__name__}: {first_line(error)}") from error

@@ -146,10 +146,9 @@ def load_models(run, device) -> None:
     head_VE = run.teacher.get_output_embeddings().weight
     run.student = StudentLogProbs(run.model, args, run.vocab_size, head_VE)
     parameters = [p for p in run.student.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    matrices, rest = ([p for p in parameters if (p.dim() >= 2) == is_2d] for is_2d in (True, False))
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+              {"params": rest, "weight_decay": 0.0}]  # fmt: skip
     betas = args.beta1, args.beta2
     run.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=device.type == "cuda")
     warmup = max(args.warmup_steps, 1)

@@ -135,9 +135,9 @@ def gather_objects(value) -> list:
 def raise_on_all_ranks(work):
     """`work()` in every process. If it raises a ValueError or an OSError in one, a ValueError in
     all, with that rank, if it is another: nobody waits for one that has left."""
-    result, error = None, None
+    error = None
     try:
-        result = work()
+        work()
     except (ValueError, OSError) as caught:
         error = ValueError(str(caught))
     errors = gather_objects(error and str(error))
@@ -146,4 +146,3 @@ def raise_on_all_ranks(work):
         error = ValueError(f"rank {wrong[0]}: {errors[wrong[0]]}")
     if error is not None:
         raise error
-    return result

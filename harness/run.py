@@ -356,10 +356,9 @@ def open_run(args, origins, needs, interruptions) -> Run:
     device = start_processes(args, world) if world > 1 or error is None else None
 
     def raise_it():
-        if error is not None:
-            raise error
+        raise error
 
-    raise_on_all_ranks(raise_it)
+    raise_on_all_ranks(raise_it if error else bool)
     run.signals = interruptions
     raise_on_all_ranks(lambda: pair.load_models(run, device))
     resumes, path = gather_objects(resume)[0]  # the folder is shared, but rank 0 alone looked

@@ -18,6 +18,7 @@ import evaluate
 import harness
 import rollout
 import toy
+from harness import log
 
 ROOT = Path(evaluate.__file__).parent
 
@@ -164,16 +165,20 @@ def test_sample_answers_tells_every_response_and_passes_decode_on(monkeypatch):
         seen.append((decode, options["temperature"], options["top_k"]))
         return generate(*args, **options)
 
-    class Bar(evaluate.tqdm):
+    class Bar(log.tqdm):
         def update(self, n=1):
-            told.append(n)
+            told.append((n, self.postfix))
 
     monkeypatch.setattr(rollout, "generate", spy)
-    monkeypatch.setattr(evaluate, "tqdm", Bar)
+    monkeypatch.setattr(log, "tqdm", Bar)
     plain = sample(ask("a", "b", "c"), temperature=0.7)
     assert sample(ask("a", "b", "c"), temperature=0.7, decode="a step") == plain
     assert seen == [("its own", 0.7, 1)] * 2 + [("a step", 0.7, 1)] * 2
-    assert sum(told) == 18 and max(told) == 1
+    assert told == []
+    shown = sample(ask("a", "b", "c"), temperature=0.7, progress=True)
+    tokens = sum(record["tokens"] for records in shown for record in records)
+    assert sum(ended for ended, _ in told) == 9 and told[-1][1] == f"{tokens} tokens"
+    assert len(told) >= 12, "it moves with every step, not only when responses end"
 
 
 def test_a_problem_without_an_answer_has_no_right_one():

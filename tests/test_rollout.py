@@ -57,6 +57,19 @@ def test_greedy_equals_generate_row_by_row(model, implementation, batch_size, de
     assert len(lengths) > 1, "rows must end at different steps, or retiring is not tested"
 
 
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_progress_is_told_of_every_token_and_every_end(batch_size):
+    """After every step; with slots that are refilled, too."""
+    told = []
+    out = sample(tiny_model("qwen3"), batch_size=batch_size, progress=lambda *now: told.append(now))
+    lengths = out.response_mask_BT.sum(1)
+    assert sum(tokens for tokens, _ in told) == lengths.sum()
+    assert sum(ended for _, ended in told) == len(PROMPTS) and 24 in lengths.tolist()
+    assert max(tokens for tokens, _ in told) == (batch_size or len(PROMPTS))
+    if batch_size is None:  # step n draws a token of every response that is not shorter
+        assert [tokens for tokens, _ in told] == [int((lengths > n).sum()) for n in range(24)]
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_statistics_equal_one_full_forward(model, temperature, decode):
     out = sample(model, temperature=temperature, top_k=5, batch_size=3, decode=decode)
