@@ -174,7 +174,7 @@ def _read(tokenizer, anchor, ids) -> str:
     return (_recall if len(ids) < 4 else _recall.__wrapped__)(tokenizer, anchor, ids)
 
 
-@functools.lru_cache(2**18)  # some 50 MB: responses are made of the same tokens again and again
+@functools.lru_cache(2**17)  # some 50 MB: responses are made of the same tokens again and again
 def _recall(tokenizer, anchor, ids) -> str:
     how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode([*anchor, *ids], **how)
