@@ -83,7 +83,7 @@ def write_model(folder, *, seed=0, vocab_size=None, chat_template=True, tokenize
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A model folder that `loading` reads: any text can be spelled, and the config has dropout."""
-    from test_loading import byte_tokenizer, tiny_model
+    from inputs import byte_tokenizer, tiny_model
 
     path = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = byte_tokenizer()

@@ -14,9 +14,9 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inputs import TEMPLATE, byte_tokenizer
+from inputs import tiny_model as model_for
 from runs import parse
-from test_loading import TEMPLATE, byte_tokenizer
-from test_loading import tiny_model as model_for
 
 import masks
 import rollout

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_loading import GOOD, ask, byte_tokenizer, tiny_model, write
+from inputs import GOOD, ask, byte_tokenizer, tiny_model, write
 from transformers import AutoTokenizer
 
 import evaluate

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from hypothesis import strategies as st
+from inputs import byte_tokenizer
 from properties import (
     DTYPES,
     prop,
@@ -19,7 +20,6 @@ from properties import (
     spoilt_tensor,
     texts,
 )
-from test_loading import byte_tokenizer
 from test_teachability import TOKENIZERS, naive_segments, naive_spans, sentence_piece
 
 import teachability

@@ -16,9 +16,9 @@ import pytest
 from diagnoses import tiny
 from hypothesis import assume
 from hypothesis import strategies as st
+from inputs import TEMPLATE, byte_tokenizer
 from properties import TOYS, parsed, prop, seeds, small, spelling, strict, within
 from runs import parse
-from test_loading import TEMPLATE, byte_tokenizer
 
 import harness
 import toy

@@ -1,6 +1,5 @@
 """Files, prompts and models from outside: what is read, and what is refused in one line."""
 
-import json
 import pickle
 import shutil
 import socket
@@ -11,13 +10,12 @@ from pathlib import Path
 import nltk
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from inputs import GOOD, TEMPLATE, ask, byte_tokenizer, tiny_model, write
+from tokenizers import Tokenizer, models
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 import harness
@@ -25,52 +23,7 @@ import teachability
 import toy
 from toy import build
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{{ '<think>' if enable_thinking }}{% endif %}"
-)
-CHAT_SPECIALS = ["<|user|>", "<|system|>", "<|assistant|>"]
-
-
-def byte_tokenizer(template=TEMPLATE):
-    """Every byte is a token, so every text can be spelled."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|end|>", extra_special_tokens=CHAT_SPECIALS
-    )
-    tokenizer.add_tokens(["<think>"])
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def tiny_model(tokenizer, seed=0, context=256, **changes):
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer) + 3,  # padded, as real checkpoints are
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=context,
-        eos_token_id=tokenizer.eos_token_id,
-        **changes,
-    )
-    return Qwen3ForCausalLM(config)
-
-
 # ------------------------------------------------------------------------------------- problems
-
-
-def write(path, *lines):
-    path.write_bytes(
-        b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
-    )
-    return path
 
 
 def test_load_problems_reads_the_three_forms_and_skips_blank_lines(tmp_path):
@@ -96,7 +49,6 @@ def test_a_byte_order_mark_and_crlf_are_no_error(tmp_path):
     assert harness.load_problems(path)[0]["messages"][0]["content"] == "a \u2028 b"
 
 
-GOOD = {"problem": "p", "answer": "1"}
 BAD = {
     "malformed": (b'{"problem": ', "malformed JSON"),
     "not utf-8": (b'{"problem": "\xff"}', "not UTF-8"),
@@ -150,10 +102,6 @@ def test_answers_may_be_optional_and_records_share_the_checks():
 
 
 # -------------------------------------------------------------------------------------- prompts
-
-
-def ask(*texts):
-    return harness.from_records([{"problem": t, "answer": "1"} for t in texts], "p")
 
 
 def test_prompts_go_through_the_template_without_a_second_bos():
