@@ -22,7 +22,8 @@ ELSEWHERE = {
     "masks.spend": (
         "test_masks.py", "test_every_control_spends_the_whole_budget_however_rows_are_shared_out"),
     "harness.micro_batches": (
-        "test_micro_batches.py", "test_micro_batches_hold_every_row_once_and_keep_to_their_limits"),
+        "harness/test_micro_batches.py",
+        "test_micro_batches_hold_every_row_once_and_keep_to_their_limits"),
     "lgr.lookahead_confidence": (
         "test_lgr.py", "test_any_ragged_batch_equals_a_forward_pass_per_candidate"),
     "lgr.group_reward": ("test_lgr.py", "test_any_group_equals_exact_arithmetic"),
@@ -37,11 +38,12 @@ EXEMPT = {
     "toy.World toy.Stage harness.Position harness.Checkpoint diagnose.Options diagnose.Job",
     "commands, run with bad and good flags by the tests of their files": "evaluate.main "
     "evaluate.run toy.main toy.run toy.parse train.main",
-    "begin, resume and end the command; test_resume.py kills and starves it": "harness.start "
+    "begin, resume and end the command; harness/test_resume.py kills and starves it": "harness.start "
     "harness.open_run harness.written_down harness.end_when_told harness.end_with_error",
     "train models for minutes, or evaluate them all": "toy.fit toy.spoil toy.rebuild "
     "toy.build_world toy.train_models toy.table toy.print_tables",
     "join a process group": "harness.start_processes",
+    "draw on a terminal; test_evaluate.py reads what is told": "harness.sampling_bar",
 }
 
 
