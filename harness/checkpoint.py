@@ -211,8 +211,6 @@ def newest(out: Path) -> Path | None:
     """The folder of the newest whole checkpoint; None without one.  Torn ones that are newer are
     renamed to `<name>.torn` and warned of; what an interrupted `write` left is deleted."""
     folder = Path(out) / "checkpoints"
-    if not folder.is_dir():
-        return None
     _clean(folder)
     for path in reversed(_steps(folder)):
         why = what_is_torn(path)
@@ -227,8 +225,7 @@ def newest(out: Path) -> Path | None:
 
 def last_written(out: Path) -> Path | None:
     """As `newest`, but unchecked, and so without reading it again."""
-    folder = Path(out) / "checkpoints"
-    found = _steps(folder) if folder.is_dir() else []
+    found = _steps(Path(out) / "checkpoints")
     return found[-1] if found else None
 
 
@@ -350,7 +347,7 @@ def _bytes(text: str) -> torch.Tensor:
 
 def _steps(folder: Path) -> list[Path]:
     """Checkpoints, oldest first; nothing else, and no links."""
-    found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)]
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)]
     return sorted((p for p in found if not p.is_symlink()), key=step_of)
 
 

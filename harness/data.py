@@ -18,6 +18,9 @@ import nltk
 
 from harness.cli import first_line
 
+LONGEST_LINE = 2**26  # bytes; a file of any size is read line by line
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
 
 def load_problems(path, *, require_answer=True):
     """Problems of a JSONL file: [{"messages": [..], "answer": str or None, "where": "path:line"}].
@@ -36,9 +39,6 @@ def load_problems(path, *, require_answer=True):
     if not problems:
         raise ValueError(f"{path}: no problems in this file")
     return problems
-
-
-LONGEST_LINE = 2**26  # bytes; a file of any size is read line by line
 
 
 def _lines(path):
@@ -63,8 +63,7 @@ def _object(pairs):
     """A JSON object; ValueError when a key comes twice: readers disagree about which one counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {twice!r:.60} comes twice")
     return found
 
@@ -75,9 +74,6 @@ def from_records(records, where, *, require_answer=True):
     if not problems:
         raise ValueError(f"{where}: no problems")
     return problems
-
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def _problem(record, where, require_answer):
@@ -118,10 +114,8 @@ def _check_text(value, what):
 def render_prompts(tokenizer, problems, *, thinking=False):
     """Token ids of every problem's prompt, up to where the model begins to answer: list of lists.
 
-    Through the tokenizer's chat template, with `enable_thinking=thinking` (templates that know no
-    thinking ignore it). Without a template: the messages' contents joined by blank lines, another
-    blank line, and the tokenizer's own special tokens, but no EOS at the end.
-
+    Through the tokenizer's chat template, with `enable_thinking=thinking`. Without a template: the
+    messages' contents, a blank line after each, and the tokenizer's special tokens but an EOS.
     ValueError, naming the problem, when its text holds a control token (`<|im_end|>` would end the
     user's turn; plain added tokens such as `<think>` pass) or becomes one next to the template's,
     cannot be spelled by the tokenizer, is refused by the template, or renders to nothing.
@@ -131,46 +125,59 @@ def render_prompts(tokenizer, problems, *, thinking=False):
     # unk tells unknown text only where it is a token of its own
     shared = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     unknown = None if tokenizer.unk_token_id in shared else tokenizer.unk_token_id
-    prompts, own = [], {}  # own: control tokens of the template itself, by the roles
-    for problem in problems:
-        where, texts = problem["where"], [m["content"] for m in problem["messages"]]
-        try:
-            # what the tokenizer makes of the bare text decides, not a list of strings
-            inside = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            if tokenizer.chat_template is None:
-                ids = tokenizer("\n\n".join(texts) + "\n\n")["input_ids"]
-                ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-            else:
-                ids = _through_template(tokenizer, problem["messages"], thinking)
-                roles = tuple(m["role"] for m in problem["messages"])
-                if roles not in own:
-                    plain = [{"role": role, "content": "x"} for role in roles]
-                    plain = _through_template(tokenizer, plain, thinking)
-                    own[roles] = Counter(i for i in plain if i in special)
-        except Exception as error:  # templates and tokenizers raise what they like
-            why = first_line(error)
-            raise ValueError(f"{where}: cannot be rendered as a prompt: {why}") from error
-        found = [i for part in inside for i in part if i in special and i != unknown]
-        if found:
+
+    def insides(chats):  # what the tokenizer makes of the bare text decides, not a list of strings
+        texts = [message["content"] for messages in chats for message in messages]
+        parts = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+        return [[i for _ in messages for i in next(parts)] for messages in chats]
+
+    def whole(chats):
+        if tokenizer.chat_template is None:
+            texts = ["".join(m["content"] + "\n\n" for m in messages) for messages in chats]
+            found = tokenizer(texts)["input_ids"]
+            return [x[:-1] if x and x[-1] == tokenizer.eos_token_id else x for x in found]
+        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+        texts = tokenizer.apply_chat_template(chats, **how)
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def glued(ids):
+        return Counter(i for i in ids if i in special and i != unknown)
+
+    chats, own = [problem["messages"] for problem in problems], {}
+    wheres = [problem["where"] for problem in problems]
+    inside, prompts = (_all_or_named(work, chats, wheres) for work in (insides, whole))
+    for where, messages, part, ids in zip(wheres, chats, inside, prompts, strict=True):
+        if found := [i for i in part if i in special and i != unknown]:
             token = tokenizer.convert_ids_to_tokens(found[0])
             raise ValueError(f"{where}: the text contains the control token {token!r}")
-        glued = Counter(i for i in ids if i in special and i != unknown)
-        if tokenizer.chat_template is not None and (glued := glued - own[roles]):
-            token = tokenizer.convert_ids_to_tokens(min(glued))
+        roles = tuple(message["role"] for message in messages)
+        if tokenizer.chat_template is not None and roles not in own:  # the template's own ones
+            plain = [[{"role": role, "content": "x"} for role in roles]]
+            own[roles] = glued(_all_or_named(whole, plain, [where])[0])
+        if tokenizer.chat_template is not None and (more := glued(ids) - own[roles]):
+            token = tokenizer.convert_ids_to_tokens(min(more))
             raise ValueError(f"{where}: text and template make the control token {token!r}")
         if not ids:
             raise ValueError(f"{where}: the prompt renders to no tokens at all")
-        if unknown is not None and any(unknown in part for part in [ids, *inside]):
+        if unknown is not None and unknown in [*ids, *part]:
             raise ValueError(f"{where}: the tokenizer has no tokens for some of this prompt")
-        prompts.append(list(ids))
     return prompts
 
 
-def _through_template(tokenizer, messages, thinking):
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-    )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _all_or_named(work, items, wheres, size=1024):
+    """work(items), so many at a time. If that raises, a ValueError that names where the first item
+    stands with which it does: templates and tokenizers raise what they like."""
+    found = []
+    for first in range(0, len(items), size):
+        some = items[first : first + size], wheres[first : first + size]
+        try:
+            found += work(some[0])
+        except Exception as error:
+            if size > 1:
+                _all_or_named(work, *some, size=1)
+            why = f"cannot be rendered as a prompt: {first_line(error)}"
+            raise ValueError(f"{wheres[first]}: {why}") from error
+    return found
 
 
 def check_fit(config, problems, prompts, max_new_tokens):

@@ -78,9 +78,7 @@ MACHINE = {
 }  # fmt: skip
 # What a resumed run may have otherwise than the run that it resumes: no line and no weight depends
 # on these, except for where the run ends.
-MAY_CHANGE = (
-    "out", "resume", "preset", "steps", "checkpoint_every", "max_skipped_steps", "timeout",
-)  # fmt: skip
+MAY_CHANGE = "out resume preset steps checkpoint_every max_skipped_steps timeout".split()
 
 
 def add_flags(group, rows) -> None:

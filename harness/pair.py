@@ -121,15 +121,12 @@ def fingerprint(prompts: dict, answers: list) -> str:
 def load_models(run, device) -> None:
     """Put into `run`: the student in float32 (what AdamW needs), the teacher in the type of the
     matrix products, optimizer and schedule. ValueError that names the model that cannot serve."""
-    args = run.args
-    prompts = sum(run.prompts.values(), [])
+    args, prompts = run.args, sum(run.prompts.values(), [])
     for flag, path in student_and_teacher(args).items():
         is_student = flag == "--student"
         dtype = torch.float32 if is_student else getattr(torch, args.dtype)
-        model = load_model(
-            path, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code,
-            allow_bin=args.allow_bin,
-        )  # fmt: skip
+        how = {"trust_remote_code": args.trust_remote_code, "allow_bin": args.allow_bin}
+        model = load_model(path, dtype=dtype, device=device, **how)
         check_head(flag, model, prompts[0][:8])
         if is_student:
             check_sampling(path, model, prompts, args.max_new_tokens)

@@ -38,7 +38,7 @@ EXEMPT = {
     "toy.World toy.Stage harness.Position harness.Checkpoint diagnose.Options diagnose.Job",
     "commands, run with bad and good flags by the tests of their files": "evaluate.main "
     "evaluate.run toy.main toy.run toy.parse train.main",
-    "begin, resume and end the command; harness/test_resume.py kills and starves it": "harness.start "
+    "begin, resume and end the command; test_resume.py kills and starves it": "harness.start "
     "harness.open_run harness.written_down harness.end_when_told harness.end_with_error",
     "train models for minutes, or evaluate them all": "toy.fit toy.spoil toy.rebuild "
     "toy.build_world toy.train_models toy.table toy.print_tables",

@@ -11,7 +11,7 @@ import nltk
 import pytest
 import torch
 from inputs import GOOD, TEMPLATE, ask, byte_tokenizer, tiny_model, write
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -134,8 +134,13 @@ def test_what_the_tokenizer_cannot_spell_is_refused():
     with pytest.raises(ValueError, match="^p:1: the tokenizer has no tokens"):
         harness.render_prompts(tokenizer, ask("Where is the elephant?"))
     backend = Tokenizer(models.WordLevel({"stop": 0}))  # no unk: it raises
-    with pytest.raises(ValueError, match="^p:1: cannot be rendered"):
-        harness.render_prompts(PreTrainedTokenizerFast(tokenizer_object=backend), ask("x"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    only_stop = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for number in (1, 1024, 1025, 1500):  # many are encoded at a time; the culprit is named
+        texts = ["stop"] * (number - 1) + ["x"] + ["stop"] * 100
+        with pytest.raises(ValueError, match=f"^p:{number}: cannot be rendered"):
+            harness.render_prompts(only_stop, ask(*texts))
+    assert harness.render_prompts(only_stop, ask(*["stop"] * 1500)) == [[0]] * 1500
     chat = [{"role": "tool", "content": "stop"}]
     with pytest.raises(ValueError, match="^p:1: the tokenizer has no tokens"):
         problems = harness.from_records([{"messages": chat, "answer": 1}], "p")
