@@ -1277,6 +1277,7 @@ def prepare() -> None:
         os.environ.pop(name, None)
     for command in ("train", "evaluate", "diagnose", "toy"):
         module_of(command)
+    importlib.import_module("transformers.models.qwen3.modeling_qwen3")  # seconds, per process
     gc.collect()
     gc.freeze()  # the collector of a forked process would copy every page that it looks at
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import harness
+import toy
 import train
 
 
@@ -22,8 +23,10 @@ def make_run(*flags, student=None, teacher=None):
     argv = [*flags]
     for flag, value in (("--student", student), ("--teacher", teacher)):
         argv += [flag, value] if value else []
-    args = parse(argv)
-    run = harness.Run(args, {}, train.needs(args), 0, 1)
+    args, problems = parse(argv), toy.problems
+    with pytest.MonkeyPatch.context() as patch:  # 4096 take a second to render
+        patch.setattr(toy, "problems", lambda count, **how: problems(min(count, 256), **how))
+        run = harness.Run(args, {}, train.needs(args), 0, 1)
     harness.pair.load_models(run, torch.device("cpu"))
     return run
 

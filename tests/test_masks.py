@@ -1,5 +1,6 @@
 """Masks: the release rule, its controls (as many tokens, batch for batch), one of your own."""
 
+import functools
 import json
 import math
 import statistics
@@ -191,26 +192,33 @@ def mixed(tmp_path_factory):
             "--micro-batch", "7"]
 
 
-@pytest.mark.parametrize("world", ["varied", "clean"])
-@pytest.mark.parametrize("kind", masks.CONTROLS)
-def test_a_control_supervises_as_many_tokens_as_release_batch_for_batch(
-    kind, world, mixed, monkeypatch
-):
-    """The same three batches, graded by both: the counts are equal every time, the places not."""
-    own = {}
-    for method in ("release", kind):
-        updates = spy(monkeypatch, train, "token_weights")
-        run = make_run("--toy", world, *mixed, "--method", method, "--lr", "1e-30")
-        lines = [train.train_step(run, step) for step in range(3)]
-        own[method] = [line["kept_tokens"] for line in lines], updates
+@pytest.fixture(scope="module")
+def three_steps(mixed):
+    """By world and method: the tokens that each of three batches kept, and the weights."""
+
+    @functools.cache
+    def made(world, method):
+        with pytest.MonkeyPatch.context() as patch:
+            updates = spy(patch, train, "token_weights")
+            run = make_run("--toy", world, *mixed, "--method", method, "--lr", "1e-30")
+            lines = [train.train_step(run, step) for step in range(3)]
         for line in lines:
             assert line["kept"] == line["kept_tokens"] / round(line["response_tokens"] * 30)
-        monkeypatch.undo()
-    assert own[kind][0] == own["release"][0]
-    assert len(set(own[kind][0])) > 1, "ragged batches have ragged budgets"
+        return [line["kept_tokens"] for line in lines], [result for _, result in updates]
+
+    return made
+
+
+@pytest.mark.parametrize("world", ["varied", "clean"])
+@pytest.mark.parametrize("kind", masks.CONTROLS)
+def test_a_control_supervises_as_many_tokens_as_release_batch_for_batch(kind, world, three_steps):
+    """The same three batches, graded by both: the counts are equal every time, the places not."""
+    counts, ours = three_steps(world, kind)
+    release_counts, theirs = three_steps(world, "release")
+    assert counts == release_counts
+    assert len(set(counts)) > 1, "ragged batches have ragged budgets"
     # the weights of the update itself: as many tokens, all of equal weight, elsewhere
-    theirs, ours = ([result for _, result in own[m][1]] for m in ("release", kind))
-    for count, a, b in zip(own[kind][0], theirs, ours, strict=True):
+    for count, a, b in zip(counts, theirs, ours, strict=True):
         assert (b > 0).sum() == (a > 0).sum() == count
         assert torch.allclose(b[b > 0], torch.tensor(1 / count))
         assert not torch.equal(a, b)

@@ -476,7 +476,7 @@ def test_two_processes_equal_one_with_uneven_counts(tmp_path):
     """Kept tokens 11 and 0: a mean of per-process means would be off by a factor of two, and a
     process that skips backward would hang the other."""
     one_update(0, 1, tmp_path)
-    mp.spawn(one_update, args=(2, tmp_path), nprocs=2)
+    mp.start_processes(one_update, args=(2, tmp_path), nprocs=2, start_method="forkserver")
     (one, weights), (two, others) = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
     assert torch.allclose(torch.tensor(one), torch.tensor(two), rtol=1e-5)
     assert abs(one[0][0] - one[1][0]) > 1e-3, "the first update must change the second loss"
