@@ -105,7 +105,7 @@ def run_all(todo: list[tuple[Cell, int]], root: Path, jobs: int, extra: list[str
             argv = flags_of(cell, seed, folder, extra)
             missing.append((argv, folder.with_name(folder.name + ".txt")))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(["train", "transformers.models.qwen3.modeling_qwen3"])
     with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
         running = {pool.submit(train_here, *task): task for task in missing}
         bar = tqdm(as_completed(running), total=len(running), unit="run", smoothing=0)

@@ -10,25 +10,10 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-def python(*arguments):
-    """Another process, for forks of this one would inherit its threads: (exit code, lines)."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=TESTS, text=True,
-                          capture_output=True, timeout=300)  # fmt: skip
-    assert done.stdout, done.stderr[-3000:]
-    return done.returncode, done.stdout
-
-
-def test_a_part_of_the_corpus():
-    code, said = python("corpus.py", "--short")
-    counts = json.loads(said.splitlines()[-1])
-    if code or counts["failures"]:
-        pytest.fail(said)
-    assert counts["malformed"] >= 100 and counts["accepted"] >= 5 and counts["real_commands"] == 2
-
-
 CHECK = r"""
 import json, corpus
 corpus.prepare()
+code = corpus.main(["--short"])
 import evaluate
 bad, good = corpus.malformed(), list(corpus.accepted())
 parts = corpus.spread(bad, 5)
@@ -47,15 +32,32 @@ fine = corpus.Case("flags", "no refusal", "toy", ("--help",), "")
 other = corpus.Case("accepted", "other text", "evaluate", good[0].flags, "", good[0].files, True,
                     ("another text",))
 print(json.dumps({
-    "malformed": len(bad), "accepted": len(good), "groups": sorted({c.group for c in bad}),
+    "code": code, "malformed": len(bad), "accepted": len(good),
+    "groups": sorted({c.group for c in bad}),
     "spread": [sum(c.group == g for c in parts) for g in sorted({c.group for c in bad})],
     "failures": corpus.run([right, wrong, dirty, fine, other], [right]),
 }))
 """
 
 
-def test_the_corpus_is_large_and_its_checker_can_fail():
-    said = json.loads(python("-c", CHECK)[1].splitlines()[-1])
+@pytest.fixture(scope="module")
+def lines():
+    """Of another process, for forks of this one would inherit its threads."""
+    done = subprocess.run([sys.executable, "-c", CHECK], cwd=TESTS, text=True, capture_output=True,
+                          timeout=300)  # fmt: skip
+    assert done.stdout, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def test_a_part_of_the_corpus(lines):
+    code, counts = json.loads(lines[-1])["code"], json.loads(lines[-2])
+    if code or counts["failures"]:
+        pytest.fail("\n".join(lines[:-1]))
+    assert counts["malformed"] >= 100 and counts["accepted"] >= 5 and counts["real_commands"] == 2
+
+
+def test_the_corpus_is_large_and_its_checker_can_fail(lines):
+    said = json.loads(lines[-1])
     assert said["malformed"] >= 250 and said["accepted"] >= 25
     assert said["groups"] == ["flags", "lines", "models", "out", "prompts"]
     assert said["spread"] == [5] * 5

@@ -4,8 +4,6 @@ import itertools
 import json
 import math
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -231,15 +229,13 @@ def problems_file(tmp_path):
     return write(tmp_path / "p.jsonl", *[{"problem": f"{i}+1?", "answer": i + 1} for i in range(5)])
 
 
-def test_the_command_end_to_end(folder, problems_file, tmp_path):
-    """As typed; the other tests call `main`, for importing torch takes seconds."""
+def test_the_command_end_to_end(folder, problems_file, tmp_path, capsys):
+    """But for the process: corpus.py starts some of those."""
     out = tmp_path / "result.json"
     flags = f"--model {folder} --problems {problems_file} --count 4 --samples 2 --out {out}"
     flags += " --max-new-tokens 8 --threads 1 --device cpu"
-    done = subprocess.run([sys.executable, ROOT / "evaluate.py", *flags.split()], timeout=120,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    header, row, last = done.stdout.splitlines()
+    assert evaluate.main(flags.split()) == 0
+    header, row, last = capsys.readouterr().out.splitlines()
     summary = json.loads(last)["model"]
     assert (summary["problems"], summary["samples"]) == (4, 2)
     names = ("accuracy", "pass_at_n", "truncated", "unparseable")

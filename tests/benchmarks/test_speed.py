@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,19 +32,16 @@ from benchmarks import (
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_real_command():
-    """lgr.py beside which lies the lgr.py that it measures: the project's comes first."""
+def test_lgr(capsys):
+    """lgr.py measures the lgr.py of the same name: the project's."""
     words = "--lengths 24 32 --candidates 3 --rates 0.2 --repeats 1 --slices 2 --shape tiny"
-    done = subprocess.run([sys.executable, "benchmarks/lgr.py", *words.split()], cwd=ROOT,
-                          text=True, capture_output=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    first, *_, last = done.stdout.splitlines()
+    figures, shown = last_line(capsys, lgr.main, *words.split())
+    first = shown.splitlines()[0]
     assert first.startswith("tiny, float32, ") and f"torch {torch.__version__}" in first
-    figures = json.loads(last)
     assert set(figures) == {"vs_naive", "vs_reprefill", "over_opd", "flops_over_opd",
                             "over_flop_limit"}  # fmt: skip
     assert all(value > 0 for value in figures.values())
-    rows = [line for line in done.stdout.splitlines() if line.startswith(("| 24 |", "| 32 |"))]
+    rows = [line for line in shown.splitlines() if line.startswith(("| 24 |", "| 32 |"))]
     # naive is timed at the last length only
     assert len(rows) == 2 and rows[0].endswith("| - |") and not rows[1].endswith("| - |")
 
