@@ -57,11 +57,16 @@ def _logits(hidden_CD, head_VD, temperature=1.0):
     return logits_CV if temperature == 1 else logits_CV.div_(temperature)
 
 
+def _log_softmax(logits_CV):
+    """PyTorch's; but that adds up V numbers in a row on a CPU: at V = 262,144 it loses 1e-4."""
+    logp_CV = logits_CV.log_softmax(dim=-1)
+    return logp_CV if logp_CV.is_cuda else logp_CV - logp_CV.detach().logsumexp(-1, keepdim=True)
+
+
 class _OverChunks(torch.autograd.Function):
     """read(logits_CV, *rows_C) -> [C, K] on `chunk` positions at a time -> [N, K].
 
-    Like torch.utils.checkpoint, but with the products written out, so that the gradient of the
-    whole head is one tensor, summed in float32: no copy for a cut, a cast or another chunk.
+    torch.utils.checkpoint with the products written out: one float32 gradient of the whole head.
     """
 
     @staticmethod
@@ -117,11 +122,8 @@ def token_logprobs(
     hidden_ND, head_VD = _flatten(hidden_BTD, weight_VD, mask_BT, vocab_size)
     ids_BTK = ids_BT[..., None] if candidates_BTK is None else candidates_BTK
     ids_NK = ids_BTK[:, 1:][mask_BT[:, 1:]]
-
-    def read(logits_CV, ids_CK):
-        return logits_CV.log_softmax(dim=-1).gather(1, ids_CK)
-
-    logp_NK = _OverChunks.apply(read, chunk, temperature, hidden_ND, weight_VD, head_VD, ids_NK)
+    how = (lambda z_CV, ids_CK: _log_softmax(z_CV).gather(1, ids_CK)), chunk, temperature
+    logp_NK = _OverChunks.apply(*how, hidden_ND, weight_VD, head_VD, ids_NK)
     return _unflatten(logp_NK[:, 0] if candidates_BTK is None else logp_NK, mask_BT)
 
 
@@ -157,16 +159,14 @@ def token_stats(
     rows = hidden_ND, *(x_BTK[:, 1:][mask_BT[:, 1:]] for x_BTK in aligned)
     chunks = []
     for hidden_CD, ids_C1, *candidates in zip(*(x.split(chunk) for x in rows), strict=True):
-        logits_CV = _logits(hidden_CD, head_VD, temperature)
-        logp_CV = logits_CV.log_softmax(dim=-1)
+        logp_CV = _log_softmax(_logits(hidden_CD, head_VD, temperature))
         stats = {"logp_BT": logp_CV.gather(1, ids_C1)[:, 0], "max_prob_BT": logp_CV.amax(-1).exp()}
         for candidates_CK in candidates:
             stats["candidate_logp_BTK"] = logp_CV.gather(1, candidates_CK)
         if top_k:
             stats["topk_logp_BTK"], stats["topk_ids_BTK"] = logp_CV.topk(top_k, dim=-1)
-        if entropy:  # in the memory of the logits; 0 log 0 = 0
-            p_CV = torch.exp(logp_CV, out=logits_CV)
-            stats["entropy_BT"] = -p_CV.mul_(logp_CV.clamp_(min=-1e30)).sum(dim=-1)
+        if entropy:
+            stats["entropy_BT"] = torch.special.entr(logp_CV.exp()).sum(dim=-1)
         chunks.append(stats)
     return TokenStats(**{k: _unflatten(torch.cat([x[k] for x in chunks]), mask_BT) for k in stats})
 
@@ -208,8 +208,8 @@ def token_divergence(
     teacher_NE, teacher_VE = _flatten(teacher_hidden_BTE, teacher_weight_VE, mask_BT, vocab_size)
 
     def read(logits_CV, teacher_CE):
-        logp_CV = logits_CV.log_softmax(dim=-1)
-        logq_CV = _logits(teacher_CE, teacher_VE).to(logp_CV.dtype).log_softmax(dim=-1)
+        logp_CV = _log_softmax(logits_CV)
+        logq_CV = _log_softmax(_logits(teacher_CE, teacher_VE).to(logp_CV.dtype))
         if kind != "jsd":
             return _kl(logp_CV, logq_CV) if kind == "rkl" else _kl(logq_CV, logp_CV)
         m_CV = beta * logq_CV.exp() + (1 - beta) * logp_CV.exp()

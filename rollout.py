@@ -56,6 +56,7 @@ def sample_token(logits_SV, temperature: float, uniform_S, top_k: int):
     """
     logp_SV = (logits_SV.float() / (temperature or 1.0)).log_softmax(dim=-1)
     prob_SV = logp_SV.exp()
+    total_S1 = prob_SV.sum(dim=-1, keepdim=True)  # 1, but for 1e-4 that a CPU's log_softmax loses
     if temperature == 0:
         token_S = logits_SV.argmax(dim=-1)
     else:
@@ -64,9 +65,9 @@ def sample_token(logits_SV, temperature: float, uniform_S, top_k: int):
         target_S1 = uniform_S[:, None] * cdf_SV[:, -1:]
         token_S = torch.searchsorted(cdf_SV, target_S1, right=True)[:, 0]
         token_S = token_S.clamp(max=logp_SV.shape[1] - 1)  # beyond it only if logits are NaN
-    entropy_S = torch.special.entr(prob_SV).sum(dim=-1)
-    topk_ids_SK = logp_SV.topk(top_k, dim=-1).indices
-    return token_S, logp_SV.gather(1, token_S[:, None])[:, 0], entropy_S, topk_ids_SK
+    entropy_S1 = torch.special.entr(prob_SV).sum(dim=-1, keepdim=True) / total_S1 + total_S1.log()
+    logp_S1 = logp_SV.gather(1, token_S[:, None]) - total_S1.log()
+    return token_S, logp_S1[:, 0], entropy_S1[:, 0], logp_SV.topk(top_k, dim=-1).indices
 
 
 class SlotCache:

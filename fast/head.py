@@ -34,6 +34,8 @@ def _softmax(logits_CV, out_CV):
     """Write the probabilities to `out_CV`; returns the logits' log-sum-exp [C, 1]: logit - log p of
     any token, and for the most likely one log p is accurate, and cheap."""
     torch.softmax(logits_CV, dim=-1, out=out_CV)
+    if not out_CV.is_cuda:  # a CPU's softmax adds up carelessly: see logprobs._log_softmax
+        out_CV.div_(out_CV.sum(dim=-1, keepdim=True))
     return logits_CV.amax(dim=-1, keepdim=True) - out_CV.amax(dim=-1, keepdim=True).log()
 
 
@@ -80,8 +82,8 @@ def _read_jsd(logits_CV, teacher_CV, scale_C1, p_CV, ratio_CV, beta):
     """beta KL(q || m) + (1 - beta) KL(p || m);  d/dz = (1 - beta) p (log(p/m) - KL(p || m)).
     p / m is at most 1 / (1 - beta) and q / m at most 1 / beta, so that nothing overflows."""
     tiny = torch.finfo(p_CV.dtype).tiny  # in the place of 0, before it is divided by or its log is
-    torch.softmax(logits_CV, dim=-1, out=p_CV)  # taken: p and q are 0 there
-    q_CV = torch.softmax(teacher_CV, dim=-1, out=logits_CV)
+    _softmax(logits_CV, p_CV)  # taken: p and q are 0 there
+    _softmax(teacher_CV, q_CV := logits_CV)
     m_CV = torch.lerp(p_CV, q_CV, beta, out=teacher_CV).clamp_(min=tiny)
     kl = []
     for a_CV in (q_CV, p_CV):

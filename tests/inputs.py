@@ -47,6 +47,18 @@ def tiny_model(tokenizer, seed=0, context=256, **changes):
     return Qwen3ForCausalLM(config)
 
 
+def many_logits(V=262144):
+    """Rows [5, V] at which sums of V float32 numbers go wrong: flat, nearly flat, one token far
+    above noise, as real models have them (a tail behind a power law), all far from 0."""
+    g = torch.Generator().manual_seed(0)
+    logits_RV = torch.stack([torch.zeros(V), *torch.randn(4, V, generator=g)])
+    logits_RV[1] *= 0.01
+    logits_RV[2, 7] = 20
+    logits_RV[3] = logits_RV[3] / 10 - 1.1 * torch.arange(1, V + 1).log() + 12
+    logits_RV[4] = 2 * logits_RV[4] + 100
+    return logits_RV
+
+
 def write(path, *lines):
     path.write_bytes(
         b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)

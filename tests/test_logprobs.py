@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import tiny_model
+from inputs import many_logits
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -194,6 +195,28 @@ def test_extreme_logits_stay_finite(way):
     assert torch.isfinite(logp).all() and torch.isfinite(hidden.grad).all()
     assert logp[0, 2] == 0 and logp[0, 1] < -1e4
     assert (logprobs.token_stats(hidden, weight, ids).entropy_BT == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_262144_tokens_lose_nothing(dtype, temperature):
+    """float32 sums over so many tokens would lose up to 1e-3 nats. A hidden state that is 1 in one
+    place reads a row of the logits; the teacher's rows are in another order."""
+    logits_RV = many_logits().to(dtype)
+    hidden = torch.eye(len(logits_RV) + 1)[None, :, :-1].to(dtype)
+    models = hidden, logits_RV.T.contiguous(), hidden.roll(1, 2), logits_RV.T.contiguous()
+    ids, how = torch.arange(len(logits_RV) + 1)[None], {"temperature": temperature}
+    exact = [x.double() for x in models]
+    logp = naive(*exact[:2], **how)
+    at_ids = logp.gather(2, ids[:, 1:, None])[..., 0]
+    stats = logprobs.token_stats(*models[:2], ids, **how)
+    assert (stats.entropy_BT[:, 1:] - torch.special.entr(logp.exp()).sum(-1)).abs().max() < 3e-5
+    assert (stats.logp_BT[:, 1:] - at_ids).abs().max() < 3e-5
+    divergences = {kind: naive_divergence(*exact, kind, **how) for kind in logprobs.DIVERGENCES}
+    for way in (logprobs, head):
+        for kind, right in {"logprobs": at_ids, **divergences}.items():
+            ours = read(way, kind, 0.5, models, ids, **how)[:, 1:]
+            assert ((ours - right).abs() < 3e-5 * (1 + right.abs())).all(), (way, kind)
 
 
 def test_forbidden_tokens_add_nothing_to_the_entropy():

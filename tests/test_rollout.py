@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
+from inputs import many_logits
 
 import rollout
 from fast.decode import decode as fast_decode
@@ -308,6 +309,18 @@ def test_statistics_of_a_draw_are_float32(autocast):
     prob = torch.softmax(logits.double() / 0.7, dim=-1)
     assert torch.allclose(entropy.double(), torch.special.entr(prob).sum(-1), atol=1e-5, rtol=1e-5)
     assert torch.allclose(logp.double(), prob.gather(1, token[:, None])[:, 0].log(), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
+def test_statistics_of_a_draw_from_262144_tokens(temperature, dtype):
+    """float32 sums over so many tokens would lose up to 1e-3 nats."""
+    logits = many_logits().to(dtype)
+    uniform = torch.full((len(logits),), 0.5, dtype=torch.float64)
+    token, logp, entropy, _ = rollout.sample_token(logits, temperature, uniform, 3)
+    right = (logits.double() / (temperature or 1)).log_softmax(dim=-1)
+    assert (entropy - torch.special.entr(right.exp()).sum(-1)).abs().max() < 3e-5
+    assert (logp - right.gather(1, token[:, None])[:, 0]).abs().max() < 3e-5
 
 
 @pytest.mark.parametrize("ends", ["well", "with an error", "with an interrupt"])
