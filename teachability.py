@@ -37,7 +37,7 @@ ABBREVIATIONS = (
     "e.g i.e cf viz eq eqs fig figs ref refs thm vs approx resp w.r.t w.l.o.g s.t al "
     "dr mr mrs ms prof st"
 )
-BLOCK = 32  # tokens decoded together where single tokens have no text of their own
+BLOCK = 32  # tokens, of which every prefix is decoded where their texts do not add up
 REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no complete character
 _default_splitter = functools.cache(lambda: sentence_splitter()[0])
 
@@ -142,10 +142,9 @@ def token_spans(tokenizer, ids_T) -> tuple[str, torch.Tensor]:
     and end of every token in it. The spans tile the text. A character of several tokens is the span
     of the first of them; the others, like special tokens, have no width.
 
-    By definition token t ends at min over s >= t of len(decode(ids[:s+1])): O(T^2). Instead the
-    texts of the distinct tokens are put together, and checked; if that fails, blocks of tokens are
-    decoded. Both are O(T), and exact but for long garbage: broken bytes under a byte-fallback
-    decoder, and dozens of tokens in a row that all end inside a character.
+    By definition token t ends at min over s >= t of len(decode(ids[:s+1])): O(T^2). Here it is O(T),
+    for garbage O(T log T), and exact but for two kinds of garbage: broken bytes under byte fallback,
+    where one makes all those around it unreadable, and dozens of tokens that end inside characters.
 
     >>> class Bytes:
     ...     def decode(self, ids, **options):
@@ -163,15 +162,14 @@ def token_spans(tokenizer, ids_T) -> tuple[str, torch.Tensor]:
     texts = ((token, read((token,))) for token in dict.fromkeys(ids))
     anchors = ((token,) for token, own in texts if own.strip() and REPLACEMENT not in own)
     after = functools.partial(_read, tokenizer, next(anchors, ()))
-    ends = _ends_by_piece(read, after, ids, text) or _ends_by_block(read, after, ids)
-    ends[-1] = len(text)
+    ends = [*_ends(read, after, ids, text)[:-1], len(text)]
     end_T = torch.tensor(ends).flip(0).cummin(0).values.flip(0)  # no token ends after a later one
     return text, torch.stack([torch.cat([end_T.new_zeros(1), end_T[:-1]]), end_T], dim=1)
 
 
 def _read(tokenizer, anchor, ids) -> str:
     """What the tokens `ids` add to the text of those of `anchor`; special tokens add nothing."""
-    return (_recall if len(ids) < 4 else _recall.__wrapped__)(tokenizer, anchor, ids)
+    return (_recall if len(ids) <= 4 else _recall.__wrapped__)(tokenizer, anchor, ids)
 
 
 @functools.lru_cache(2**17)  # some 50 MB: responses are made of the same tokens again and again
@@ -181,44 +179,28 @@ def _recall(tokenizer, anchor, ids) -> str:
     return text[len(_read(tokenizer, (), anchor)) :] if anchor else text
 
 
-def _ends_by_piece(read, after, ids, text) -> list[int] | None:
-    """Where every token ends, from the text of every distinct token and of every run of parts of
-    characters (tokens with U+FFFD); None if these do not add up to `text`."""
-    piece = {token: after((token,)) for token in dict.fromkeys(ids)}
-    broken = {token for token, part in piece.items() if REPLACEMENT in part}
-    parts = [piece[token] for token in ids]
-    shown = [t for t, part in enumerate(parts) if part]  # special tokens have no text
-    for first in shown[:1]:  # nothing stands before it
-        parts[first] = read(ids[first : first + 1])
-    widths = list(map(len, parts))
-    runs = itertools.groupby(shown, lambda t: ids[t] in broken) if broken else ()
-    for run in (list(run) for is_broken, run in runs if is_broken):
-        tokens, begin = tuple(ids[t] for t in run), read if run[0] == shown[0] else after
-        whole = begin(tokens)
-        ends = [*_ends_by_block(begin, after, tokens)[:-1], len(whole)]
-        for t, start, end in zip(run, [0, *ends], ends, strict=False):
-            widths[t], parts[t] = end - start, ""
-        parts[run[0]] = whole
-    return list(itertools.accumulate(widths)) if "".join(parts) == text else None
-
-
-def _ends_by_block(begin, after, ids) -> list[int]:
-    """Where every token ends, from the prefixes of blocks, the first of them decoded by `begin`. A
-    block is cut where its two sides give the same text apart as together; its last quarter is there
-    to show a character that lies across. Without such a point the ends may be off by a few."""
-    ends = []
+def _ends(read, after, ids, text) -> list[int]:
+    """Where every token ends in the text of `ids`: character by character, if these add up to it.
+    If not, in two parts that do, or (only of garbage) nearly do; in the end, by every prefix."""
+    piece, ends, characters = {token: after((token,)) for token in dict.fromkeys(ids)}, [], []
     while len(ends) < len(ids):
-        start, read = len(ends), after if ends else begin
-        block = ids[start : start + BLOCK]
-        prefixes = [read(block[:k]) for k in range(1, len(block) + 1)]
-        cut = len(block)
-        if start + BLOCK < len(ids):
-            cuts = range(3 * BLOCK // 4, BLOCK // 4, -1)
-            same = (k for k in cuts if prefixes[k - 1] + after(block[k:]) == prefixes[-1])
-            cut = next(same, cuts[0])
-        done = ends[-1] if ends else 0
-        ends += [done + len(prefix) for prefix in prefixes[:cut]]
-    return ends
+        t, begin, done = len(ends), after if ends else read, ends[-1] if ends else 0
+        prefixes = [piece[ids[t]] if ends else read(ids[:1])]
+        while REPLACEMENT in prefixes[-1] and len(prefixes) < min(4, len(ids) - t):
+            prefixes.append(begin(ids[t : t + len(prefixes) + 1]))  # the next part of a character
+        ends += [done + len(prefix) for prefix in prefixes]
+        characters.append(prefixes[-1])
+    if "".join(characters) == text:
+        return ends
+    if len(ids) <= BLOCK:
+        return [len(read(ids[:k])) for k in range(1, len(ids) + 1)]
+    for cut in range(len(ids) // 2, len(ids) // 2 + BLOCK // 2):
+        left, right = read(ids[:cut]), after(ids[cut:])
+        if left + right == text:
+            break
+    begin = len(text) - len(right)
+    ends = [begin + end for end in _ends(after, after, ids[cut:], right)]
+    return _ends(read, after, ids[:cut], left) + ends
 
 
 # --------------------------------------------------------------------------------------- scores
