@@ -9,7 +9,7 @@ averaged sentence by sentence, are the series in which `release_rule` looks for 
     C_t             (the K axis)          the student's top-K next tokens at t; the paper's K = 4
     a1, a2          first, second         the teacher's best and second best inside C_t
     M_t             margin_BT             log p_T(a1) - log p_T(a2) >= 0, nats
-    segment i       segment_T == i        a sentence of the decoded response, by NLTK's Punkt
+    segment i       segment_T == i        a sentence of the decoded response, by a splitter
     S_i             scores_N              log(1 + mean of M_t over segment i), nats
 
 The response is never tokenized again: a student may sample token sequences that the tokenizer
@@ -17,26 +17,39 @@ would not produce, so characters are attributed to the tokens that were really s
 
 Where the paper is silent: a token belongs to the sentence of its first non-blank character (" The"
 to the one that it opens), a blank token to that of its first character, a token without characters
-(EOS, all but the first token of one character) to that of the token before. A sentence in which no
-token begins is no segment. An untrained Punkt stands in for the pretrained one without its data.
+(EOS, the rest of a character) to the token before's. A sentence without a token is no segment.
 """
 
 import bisect
 import functools
-import itertools
 import math
+import re
+import types
 
 import torch
 from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTokenizer
 
-# The margin, in nats, when the teacher rules out every candidate but one: the largest that float32
-# probabilities can tell. One infinite score would make a whole series useless.
+# nats, if all candidates but one have probability 0: float32's largest; inf would ruin a series
 SOLE_CANDIDATE_MARGIN = -math.log(torch.finfo(torch.float32).tiny)  # 87.3
 # What does not end a sentence for the untrained splitter. "no." and "sec." often do.
-ABBREVIATIONS = (
-    "e.g i.e cf viz eq eqs fig figs ref refs thm vs approx resp w.r.t w.l.o.g s.t al "
-    "dr mr mrs ms prof st"
-)
+ABBREVIATIONS = """e.g i.e cf viz eq eqs fig figs ref refs thm vs approx resp w.r.t w.l.o.g s.t al
+    dr mr mrs ms prof st"""
+# In any language: nothing ends in what is FENCED (equations, code, tables, the number of an item),
+# a block ends behind a CUT: a line break, but not in wrapped prose (a long line, then a lower-case
+# word); an end mark; in Thai and Lao, which have none, a space: it stands between clauses.
+END, QUOTE = "。｡！？।॥؟۔։།።፧។៕။", r"\"'”’»)\]}」』】〕〉》）］｝"
+CJK, THAI = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af", "ก-ฮะ-ๅ็-๎ກ-ໄ່-໎"
+FENCED = re.compile(r"""(?mx)
+    (?s: \$\$ (?: (?!\$\$|\n[ \t]*+\n). )++ \$\$ | \\\[ (?: (?!\\[\[\]]|\n[ \t]*+\n). )++ \\\]
+      | \\begin\{(\w++\*?)\} (?: (?!\\begin|\\end|\n[ \t]*+\n). )++ \\end\{\1\} )
+  | ^[ \t]*+ ```++ [^`\n]*+$ (?: \n(?![ \t]*+```).* )*+ (?: \n.* )?  # closed, or to the end
+  | ^[ \t]*+ \|.* (?: \n[ \t]*+\|.* )++
+  | ^[ \t>*_\#-]*+ \d{1,3} [.．](?!\d)""")
+CUT = re.compile(rf"""(?x) (?:
+    \n (?=[^\w\n]*+\w) (?! (?<=[^\n]{{39}}[^X\n]\n) [ \t]*+[a-z][a-z] )
+  | (?: (?:[{END}]|．(?!\d)) [{END}．.!?‥…]*+ [{QUOTE}]*+ (?: [*_]++(?!\w) )? )++ [，、；：،,;:]*+
+  | (?<![‥…]) (?: [‥…]++ | (?<=[{CJK}$)}}）])[.!?]++ ) [{QUOTE}]*+ (?=[{CJK}])
+  | (?<=[{THAI}]) [ \t]++ (?=[{THAI}]) ) \s*+""")
 BLOCK = 32  # tokens, of which every prefix is decoded where their texts do not add up
 REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no complete character
 _default_splitter = functools.cache(lambda: sentence_splitter()[0])
@@ -49,8 +62,7 @@ def teacher_margin(teacher_logp_BTK: torch.Tensor, *, kind: str = "logprob") -> 
         their differences count, so logits do as well.
     kind: "logprob" (the paper's M_t, nats), or "prob", p_T(a1) - p_T(a2).
     Returns [B, T] without a gradient, float32 or wider. nan in, nan out. For "logprob" and only one
-    candidate above -inf the margin is SOLE_CANDIDATE_MARGIN, for none it is 0.
-    Raises ValueError for a K below 2 or another kind.
+    candidate above -inf the margin is SOLE_CANDIDATE_MARGIN, for none it is 0. ValueError: K < 2.
 
     >>> teacher_margin(torch.tensor([[-3.0, -0.5, -1.5], [-2.0, -2.0, -9.0]]))
     tensor([1., 0.])
@@ -68,27 +80,27 @@ def teacher_margin(teacher_logp_BTK: torch.Tensor, *, kind: str = "logprob") -> 
         first = torch.maximum(first, logp)
     if kind == "prob":
         return first.exp() - second.exp()
-    margin = first - second
-    margin = torch.where(margin == math.inf, SOLE_CANDIDATE_MARGIN, margin)
+    margin = torch.where(first - second == math.inf, SOLE_CANDIDATE_MARGIN, first - second)
     return torch.where(first == -math.inf, 0.0, margin)
 
 
 # ------------------------------------------------------------------------------------ sentences
-def sentence_splitter(kind: str = "auto"):
+def sentence_splitter(kind: str = "blocks"):
     """The sentence splitter, and the name of what it is.
 
-    kind: "pretrained" for NLTK's English Punkt (its data is the NLTK package punkt_tab),
-        "untrained" for Punkt with ABBREVIATIONS only, "auto" for the first that is there.
+    kind: "pretrained" for NLTK's English Punkt (the paper's; its data is the package punkt_tab),
+        "untrained" for Punkt with ABBREVIATIONS only, "auto" for the first that is there, "blocks"
+        for blocks in any language, each of which "auto" splits.
     Returns (splitter, name): an object with `span_tokenize(text)`, which yields (start, end), and
-    "nltk-punkt-english" or "untrained-punkt".
+    "nltk-punkt-english" or "untrained-punkt", for "blocks" behind "blocks+".
     Raises LookupError for "pretrained" without its data, ValueError for another kind.
 
     >>> splitter, name = sentence_splitter("untrained")
     >>> name, list(splitter.span_tokenize("By Eq. 3, i.e. this, x = 3.14. Done."))
     ('untrained-punkt', [(0, 30), (31, 36)])
     """
-    if kind not in ("auto", "pretrained", "untrained"):
-        raise ValueError(f"kind must be 'auto', 'pretrained' or 'untrained', got {kind!r}")
+    if kind not in ("blocks", "auto", "pretrained", "untrained"):
+        raise ValueError(f"kind must be blocks, auto, pretrained or untrained, got {kind!r}")
     parameters = PunktParameters()
     parameters.abbrev_types = set(ABBREVIATIONS.split())
     splitter, name = PunktSentenceTokenizer(parameters), "untrained-punkt"
@@ -100,7 +112,17 @@ def sentence_splitter(kind: str = "auto"):
                 raise LookupError("no data; run python -m nltk.downloader punkt_tab") from None
     # Punkt decides on a full stop by the few words around it, and these come again and again
     splitter.text_contains_sentbreak = functools.lru_cache(2**14)(splitter.text_contains_sentbreak)
-    return splitter, name
+    if kind != "blocks":
+        return splitter, name
+
+    def by_block(text):
+        text, start = text.replace("\r\n", " \n").replace("\r", "\n"), 0
+        text = FENCED.sub(lambda found: "X" * len(found[0]), text)  # to Punkt, a word
+        for end in [*(cut.end() for cut in CUT.finditer(text)), len(text)]:
+            yield from ((start + a, start + b) for a, b in splitter.span_tokenize(text[start:end]))
+            start = end
+
+    return types.SimpleNamespace(span_tokenize=by_block), f"blocks+{name}"
 
 
 def token_segments(tokenizer, ids_T, splitter=None) -> torch.Tensor:
@@ -109,7 +131,7 @@ def token_segments(tokenizer, ids_T, splitter=None) -> torch.Tensor:
     tokenizer: has Hugging Face's `decode(ids, skip_special_tokens=, ...)`.
     ids_T: the sampled ids of one response, EOS included; list, array or tensor.
     splitter: an object with `span_tokenize(text)`, or a function text -> [(start, end), ...] in
-        order; None for `sentence_splitter("auto")`, loaded once per process.
+        order; None for `sentence_splitter()`, loaded once per process.
     Returns int64 [T] on the CPU: from 0 on, non-decreasing, without gaps.
 
     >>> class Words:
@@ -142,9 +164,9 @@ def token_spans(tokenizer, ids_T) -> tuple[str, torch.Tensor]:
     and end of every token in it. The spans tile the text. A character of several tokens is the span
     of the first of them; the others, like special tokens, have no width.
 
-    By definition token t ends at min over s >= t of len(decode(ids[:s+1])): O(T^2). Here it is O(T),
-    for garbage O(T log T), and exact but for two kinds of garbage: broken bytes under byte fallback,
-    where one makes all those around it unreadable, and dozens of tokens that end inside characters.
+    By definition token t ends at min over s >= t of len(decode(ids[:s+1])): O(T^2). This is O(T);
+    of garbage O(T log T), and not always exact: broken bytes under byte fallback, where one makes
+    all around it unreadable, and dozens of tokens in a row that all end inside a character.
 
     >>> class Bytes:
     ...     def decode(self, ids, **options):
@@ -159,9 +181,8 @@ def token_spans(tokenizer, ids_T) -> tuple[str, torch.Tensor]:
     read = functools.partial(_read, tokenizer, ())
     text = read(ids)
     # many decoders drop a leading space from the first token: decode others behind an anchor
-    texts = ((token, read((token,))) for token in dict.fromkeys(ids))
-    anchors = ((token,) for token, own in texts if own.strip() and REPLACEMENT not in own)
-    after = functools.partial(_read, tokenizer, next(anchors, ()))
+    whole = ((t,) for t in ids if REPLACEMENT not in (own := read((t,))) and own.strip())
+    after = functools.partial(_read, tokenizer, next(whole, ()))
     ends = [*_ends(read, after, ids, text)[:-1], len(text)]
     end_T = torch.tensor(ends).flip(0).cummin(0).values.flip(0)  # no token ends after a later one
     return text, torch.stack([torch.cat([end_T.new_zeros(1), end_T[:-1]]), end_T], dim=1)
@@ -198,7 +219,7 @@ def _ends(read, after, ids, text) -> list[int]:
         left, right = read(ids[:cut]), after(ids[cut:])
         if left + right == text:
             break
-    begin = len(text) - len(right)
+    begin = max(0, len(text) - len(right))
     ends = [begin + end for end in _ends(after, after, ids[cut:], right)]
     return _ends(read, after, ids[:cut], left) + ends
 
@@ -217,8 +238,7 @@ def segment_scores(margin_T, segment_T, *, include_T=None) -> torch.Tensor:
     """
     margin_T = torch.as_tensor(margin_T, dtype=torch.float64, device="cpu").detach()
     segment_T = torch.as_tensor(segment_T, dtype=torch.int64, device="cpu")
-    include_T = torch.ones_like(segment_T) if include_T is None else include_T
-    include_T = torch.as_tensor(include_T, dtype=torch.bool, device="cpu")
+    include_T = torch.as_tensor(segment_T > -1 if include_T is None else include_T).bool().cpu()
     margin_T = torch.where(include_T, margin_T, 0.0)
     if not (margin_T >= 0).all():
         raise ValueError(f"margin_T must be >= 0, got a minimum of {margin_T.min()}")
@@ -229,9 +249,8 @@ def segment_scores(margin_T, segment_T, *, include_T=None) -> torch.Tensor:
 def segment_spread(value_T, segment_T) -> torch.Tensor:
     """log(1 + standard deviation in every segment): the ablation's signal for the same rule.
 
-    value_T: of either sign; the paper's are log p_T(y_t) - log p_S(y_t), nats. segment_T: as in
-        `segment_scores`. The deviation is that of the population, so a single token has 0.
-    Returns float64 [N] on the CPU. Raises ValueError for a value that is not finite.
+    value_T: of either sign, in the paper log p_T(y_t) - log p_S(y_t), nats. The deviation is that
+    of the population: 0 for one token. Returns float64 [N] on the CPU; ValueError: not finite.
 
     >>> segment_spread([1.0, 3.0, 5.0], [0, 0, 1])  # log(1 + 1), log(1 + 0)
     tensor([0.6931, 0.0000], dtype=torch.float64)

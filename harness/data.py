@@ -4,6 +4,7 @@ Whatever is wrong is a ValueError of one line that names the file and line. Text
 and control tokens inside it are refused: a problem cannot end the user's turn.
 """
 
+import contextlib
 import io
 import itertools
 import json
@@ -230,17 +231,13 @@ def pad_id(tokenizer):
 
 
 def download_punkt(seconds=60):
-    """Fetch the data of NLTK's pretrained sentence splitter, or give up in silence.
-
-    NLTK reports errors even when asked to be quiet, and may wait minutes for a server: hence the
-    buffer, and a thread that is left behind after so many seconds.
-    """
+    """Fetch the data of NLTK's pretrained sentence splitter, or give up in silence. NLTK reports
+    errors even when asked to be quiet, hence the buffer, and may wait minutes for a server, hence a
+    thread that is left behind after so many seconds."""
 
     def fetch():
-        try:
+        with contextlib.suppress(Exception):  # no network, no disk: the caller finds no data
             nltk.download("punkt_tab", quiet=True, print_error_to=io.StringIO())
-        except Exception:  # no network, no disk: the caller finds no data, and says so
-            pass
 
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()

@@ -44,8 +44,8 @@ MACHINE = {
         ("--toy", "varied", [*toy.WORLDS], "toy world of whatever is not given"),
         ("--difficulty", None, (1, toy.MAX_MOVES), "moves per toy problem (the world's)"),
         ("--thinking", False, None, "render prompts in thinking mode"),
-        ("--splitter", "auto", ["auto", "pretrained", "untrained"], "of sentences: NLTK's "
-         "pretrained English Punkt, or an untrained one"),
+        ("--splitter", "blocks", ["blocks", "auto", "pretrained", "untrained"], "of sentences: any "
+         "language, or English alone, by NLTK's Punkt: pretrained (the paper's) or not"),
         ("--trust-remote-code", False, None, "run code that comes with a model"),
         ("--allow-bin", False, None, "read pickled weights where there are no safetensors"),
     ],

@@ -101,15 +101,13 @@ def quarters(mask_BT: torch.Tensor) -> torch.Tensor:
     return torch.where(mask_BT, 4 * place_BT // length_B1, 4)
 
 
-def batch_sums(batch, scores, args) -> dict[str, float]:
+def batch_sums(batch, scores, args, segments=None) -> dict[str, float]:
     """Numerators and denominators of this process's rows, to be added up over all processes."""
     mask_BT, keep_BT = batch.response_mask_BT, scores.keep_BT > 0
     none_B = torch.zeros_like(mask_BT[:, 0])  # of a mask without a change point
     released_B = none_B if scores.released_B is None else scores.released_B
     gain_B = none_B if scores.gain_B is None else scores.gain_B
-    rows = zip(batch.ids_BT, mask_BT, strict=True)
-    grams = [repeated_ngrams(ids_T[mask_T]) for ids_T, mask_T in rows]
-    kept_share_B = keep_BT.sum(1) / mask_BT.sum(1)
+    grams = [repeated_ngrams(x_T[m_T]) for x_T, m_T in zip(batch.ids_BT, mask_BT, strict=True)]
     sums = {
         "reverse_kl": ((batch.logp_BT - scores.logp_BT) * mask_BT).sum(),
         "rollouts": len(mask_BT),
@@ -120,13 +118,15 @@ def batch_sums(batch, scores, args) -> dict[str, float]:
         "repeated": sum(repeated for repeated, _ in grams),
         "grams": sum(count for _, count in grams),
         "fired": released_B.sum(),
-        "release_at": kept_share_B[released_B].sum(),
+        "release_at": (keep_BT.sum(1) / mask_BT.sum(1))[released_B].sum(),
         "bic_gain": gain_B.sum(),
         "bic_gain_over_6": (gain_B > 6).sum(),
     }
-    quarter_BT = quarters(mask_BT)
+    if segments is not None:
+        counts = [len(segment_T.unique()) for segment_T in segments]
+        sums |= {"sentences": sum(counts), "short": sum(n < 2 * args.min_segments for n in counts)}
     for quarter in range(4):
-        here_BT = quarter_BT == quarter
+        here_BT = quarters(mask_BT) == quarter
         sums[f"tokens_{quarter}"] = here_BT.sum()
         sums[f"fidelity_{quarter}"] = scores.max_prob_BT[here_BT].sum()
     if args.lookahead == "on":
@@ -163,6 +163,7 @@ def log_line(step, loss, norm, skipped, sums, seconds, args) -> dict:
         "bic_gain": per("bic_gain", fired),
         "bic_gain_over_6": sums["bic_gain_over_6"] / sums["rollouts"],
     }
+    line |= {"sentences": sums["sentences"] / sums["rollouts"]} if "sentences" in sums else {}
     if args.lookahead == "on":
         triggered = sums["triggered"]
         line |= {
@@ -200,10 +201,8 @@ def say_result(lines: list[dict]) -> None:
     """What came of a run, on stdout: first and last evaluation, and what went wrong on the way."""
     evaluations = [line for line in lines if "accuracy" in line]
     for line in evaluations[:1] + evaluations[-1:]:
-        print(
-            "step {step}: mean@{samples} {accuracy:.3f}, 95% interval {accuracy_low:.3f} to "
-            "{accuracy_high:.3f}, {problems} problems".format(**line)
-        )
+        print("step {step}: mean@{samples} {accuracy:.3f}, 95% interval {accuracy_low:.3f} to "
+              "{accuracy_high:.3f}, {problems} problems".format(**line))  # fmt: skip
     if ood := [line["ood"]["accuracy"] for line in evaluations if "ood" in line]:
         print(f"out of domain: {ood[0]:.3f} before, {ood[-1]:.3f} after")
     if skipped := sum(line.get("skipped", 0) > 0 for line in lines):

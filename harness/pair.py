@@ -102,8 +102,7 @@ def open_splitter(kind: str) -> tuple[object, str]:
     """The sentence splitter and its name; missing data are downloaded, once, if that is possible.
     ValueError if the one that is wanted is not there."""
     try:
-        if kind != "untrained":
-            teachability.sentence_splitter("pretrained")
+        teachability.sentence_splitter("untrained" if kind == "untrained" else "pretrained")
     except LookupError:
         download_punkt()
     try:

@@ -72,11 +72,11 @@ class Run:
             pair.check_prompts(self.tokenizer, configs, self.vocab_size, problems,
                                self.prompts[name], args.max_new_tokens)  # fmt: skip
             self.problems[name] = problems
-        self.splitter, self.splitter_name = None, None
-        if needs.sentences:
-            self.splitter, self.splitter_name = pair.open_splitter(args.splitter)
+        opened = pair.open_splitter(args.splitter) if needs.sentences else (None, None)
+        self.splitter, self.splitter_name = opened
         self.pad_id, self.watch = pad_id(self.tokenizer), Stopwatch(args.device)
         self.signals, self.position, self.log, self.bar = None, Position(), None, None
+        self.segments, self.warned = None, False  # of a step; that sentences are too few
 
     # ------------------------------------------------------------------------ rows and processes
     def problems_of(self, step: int) -> tuple[list[int], range]:
@@ -96,10 +96,10 @@ class Run:
         if not self.needs.sentences:
             return None
         rows = zip(batch.ids_BT.cpu(), batch.response_mask_BT.cpu(), strict=True)
-        segments = [teachability.token_segments(self.tokenizer, ids_T[mask_T], self.splitter)
-                    for ids_T, mask_T in rows]  # fmt: skip
+        self.segments = [teachability.token_segments(self.tokenizer, ids_T[mask_T], self.splitter)
+                         for ids_T, mask_T in rows]  # fmt: skip
         self.watch.lap("mask")
-        return segments
+        return self.segments
 
     def generator(self, stream: int, first_row: int = 0) -> torch.Generator:
         """Of the uniform numbers of a stream (steps: their number) from a row on."""
@@ -145,8 +145,12 @@ class Run:
 
     def log_line(self, step: int, loss: float, norm: float, skipped: int, batch, scores) -> dict:
         """The line of a training step, over all processes."""
-        sums = log.batch_sums(batch, scores, self.args)
+        sums = log.batch_sums(batch, scores, self.args, self.segments)
         sums = dict(zip(sums, self.sum(sums.values()), strict=True))
+        if self.rank == 0 and not self.warned and 2 * sums.get("short", 0) > sums["rollouts"]:
+            self.warned = True
+            tqdm.write(f"train.py: step {step + 1}: most responses have fewer sentences than the "
+                       "rule needs, 2 x --min-segments: look at --splitter", file=sys.stderr)
         return log.log_line(step, loss, norm, skipped, sums, self.watch.seconds, self.args)
 
     def write(self, line: dict) -> None:
