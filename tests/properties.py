@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import VOCABULARY, tiny_model
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from inputs import TEMPLATE, byte_tokenizer
 from inputs import tiny_model as model_for
@@ -36,6 +36,8 @@ def prop(*names, examples=50, **strategies):
         how = settings(
             max_examples=examples * TIMES, deadline=None, derandomize=TIMES == 1, database=None,
             suppress_health_check=list(HealthCheck),
+            # examples of minutes are not made smaller
+            phases=[p for p in Phase if p != Phase.shrink or examples >= 20],
         )  # fmt: skip
         return how(given(**strategies)(test))
 

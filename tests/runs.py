@@ -1,5 +1,6 @@
 """Runs for the tests: a `harness.Run` without its folder, and the real commands."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,14 +19,22 @@ def parse(argv):
     return harness.flags.parse("train.py", *tables, [str(x) for x in argv])[1]
 
 
+@contextlib.contextmanager
+def few_problems():
+    """256 toy problems at most; the usual 4096 take a second to render."""
+    problems = toy.problems
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "problems", lambda count, **how: problems(min(count, 256), **how))
+        yield
+
+
 def make_run(*flags, student=None, teacher=None):
     """A prepared and loaded run of one process, without its folder."""
     argv = [*flags]
     for flag, value in (("--student", student), ("--teacher", teacher)):
         argv += [flag, value] if value else []
-    args, problems = parse(argv), toy.problems
-    with pytest.MonkeyPatch.context() as patch:  # 4096 take a second to render
-        patch.setattr(toy, "problems", lambda count, **how: problems(min(count, 256), **how))
+    args = parse(argv)
+    with few_problems():
         run = harness.Run(args, {}, train.needs(args), 0, 1)
     harness.pair.load_models(run, torch.device("cpu"))
     return run

@@ -25,7 +25,7 @@ from properties import (
     small,
     tiny,
 )
-from runs import bare_run, make_run
+from runs import bare_run, few_problems, make_run
 from safetensors.torch import load_file
 
 import harness
@@ -208,7 +208,7 @@ def test_any_method_takes_a_step_and_logs_finite_numbers(
     flags = ["--method", method, "--seed", seed, *chosen, *SHORT, *more]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         out = Path(folder, "run")
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        with contextlib.redirect_stdout(io.StringIO()) as said, few_problems():
             train.main(["--toy", "horizon", "--device", "cpu", *map(str, flags), "--out", str(out)])
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         config = json.loads((out / "config.json").read_text())

@@ -627,13 +627,13 @@ def test_the_fit_does_not_see_the_order_of_problems_but_by_its_draws():
 
 
 def test_intervals_cover():
-    """60 sets of 20 problems with 4 responses each; t* is 80, give or take 14 for every problem, so
+    """40 sets of 20 problems with 4 responses each; t* is 80, give or take 14 for every problem, so
     responses to one problem are alike. The interval holds 80 in at least 85% of the sets, even
     without the half bin on either side; with responses taken as independent, in fewer than that."""
     rng = np.random.default_rng(14)
     t = np.arange(160)
     covered, narrow, naive, widths = [], [], [], []
-    for _ in range(60):
+    for _ in range(40):
         mid_B = np.repeat(80 + 14 * rng.normal(size=20), 4)
         values = [rng.random(160) < Logistic(0.6, 0.12, m, 0.2)(t) for m in mid_B]
         fit = fit_curve(curve_of(values, np.arange(80) // 4), resamples=100)
