@@ -34,7 +34,7 @@ SOLE_CANDIDATE_MARGIN = -math.log(torch.finfo(torch.float32).tiny)  # 87.3
 # What does not end a sentence for the untrained splitter. "no." and "sec." often do.
 ABBREVIATIONS = """e.g i.e cf viz eq eqs fig figs ref refs thm vs approx resp w.r.t w.l.o.g s.t al
     dr mr mrs ms prof st"""
-# In any language: nothing ends in what is FENCED (equations, code, tables, the number of an item),
+# In any language: nothing ends in what is FENCED (equations, code, tables, an item's number, **),
 # a block ends behind a CUT: a line break, but not in wrapped prose (a long line, then a lower-case
 # word); an end mark; in Thai and Lao, which have none, a space: it stands between clauses.
 END, QUOTE = "。｡！？।॥؟۔։།።፧។៕။", r"\"'”’»)\]}」』】〕〉》）］｝"
@@ -44,12 +44,12 @@ FENCED = re.compile(r"""(?mx)
       | \\begin\{(\w++\*?)\} (?: (?!\\begin|\\end|\n[ \t]*+\n). )++ \\end\{\1\} )
   | ^[ \t]*+ ```++ [^`\n]*+$ (?: \n(?![ \t]*+```).* )*+ (?: \n.* )?  # closed, or to the end
   | ^[ \t]*+ \|.* (?: \n[ \t]*+\|.* )++
-  | ^[ \t>*_\#-]*+ \d{1,3} [.．](?!\d)""")
+  | ^[ \t>*_\#-]*+ \d{1,3} [.．](?!\d) | (?<=[.!?])[*_]++(?!\w)""")
 CUT = re.compile(rf"""(?x) (?:
     \n (?=[^\w\n]*+\w) (?! (?<=[^\n]{{39}}[^X\n]\n) [ \t]*+[a-z][a-z] )
   | (?: (?:[{END}]|．(?!\d)) [{END}．.!?‥…]*+ [{QUOTE}]*+ (?: [*_]++(?!\w) )? )++ [，、；：،,;:]*+
   | (?<![‥…]) (?: [‥…]++ | (?<=[{CJK}$)}}）])[.!?]++ ) [{QUOTE}]*+ (?=[{CJK}])
-  | (?<=[{THAI}]) [ \t]++ (?=[{THAI}]) ) \s*+""")
+  | (?<=[{THAI}]) [ \t]++ (?=[{THAI}]) | (?<=[.!?])X++(?!\w) ) \s*+""")
 BLOCK = 32  # tokens, of which every prefix is decoded where their texts do not add up
 REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no complete character
 _default_splitter = functools.cache(lambda: sentence_splitter()[0])

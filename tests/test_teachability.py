@@ -7,6 +7,8 @@ words joined by spaces, SentencePiece pieces with byte fallback, BPE with end-of
 import functools
 import math
 import random
+import re
+import time
 
 import numpy as np
 import pytest
@@ -250,6 +252,115 @@ def test_untrained_splitter(text, sentences):
     assert [text[a:b] for a, b in splitter.span_tokenize(text)] == sentences
 
 
+LONG = "a line of prose that is long enough to have been wrapped"
+HAND_SPLIT = {  # a bar where a sentence ends
+    "Chinese": "设 x = 1。|那么呢？|很好！|（见下文。）|他说：“对。”|然后走了",
+    "marks in a row": "真的吗？！|是的……|我想，可以｡|对!|错?|完",
+    "a quotation goes on": "“好！”，|他说。|「そう。」|と言った。",
+    "dots": "其实……|不知道，1, 2, …, n 项…。|It is … so, a + … + z",
+    "full-width": "答えは３．１４です．|次に５．|終わり",
+    "ASCII marks between CJK": "成立.|所以 $x=1$.|因此 (a).|对!|吗?|版本 3.5 和 e.g.x 不变",
+    "Hindi": "यह पहला है।| यह दूसरा है॥| क्या तीसरा? |हाँ",
+    "Arabic and Urdu": "ما هذا؟| هذا كتاب. |یہ ہے۔| نعم، لا",
+    "Armenian, Ethiopic, Burmese, Khmer, Tibetan": "այո։| አዎ።| ဟုတ်။| បាទ។| ཡིན།| end",
+    "Thai": "วันนี้อากาศดี |ราคา ๕๐ บาท x = 3 และ |ต่าง ๆ กัน ฯลฯ\n|จบ",
+    "Lao": "ສະບາຍດີ |ຂອບໃຈ",
+    "Korean": "나는 갔다. |그러나 왔다",
+    "lines": "x = 1\n|y = 2\r\n|Then z\r|and so on\n\n \t\n|end  \n\n",
+    "wrapped prose": LONG + "\n  by its writer. |But not\n|here: " + LONG + "\n|X\n|x = 3",
+    "headings": "# Plan\n|## 1. First part\n|Title\n=====\n|Text\n---\n|**Next.**\n|So",
+    "bold": "**Yes.** |So *it is!* |**要点。**| __No?__ |x = *y* is 1",
+    "lists": "We need\n|- one\n|  - two. |So\n|* x\n|1. One\n|2. Two. |So\n|3) x",
+    "other lists": "1．第一\n|２．第二\n|三、第三\n|> 1. x\n|**2. bold.** |So\n|1.5 is\n|2024. |It",
+    "in a line": "It is 1.5, e.g. this. |Step 1. |Add. |Dr. Wu agrees",
+    "display": "So\n|$$\na = 1. B\n= 2\n$$\n|where \\[ \\frac{x}{2}.\n Y \\] holds. |It does",
+    "environment": "Now\n|\\begin{align*}\na &= 1. \\\\\nB &= 2\n\\end{align*}\n|So",
+    "never closed": "\\[ a\n|b\n\n|$$ c\n\n|Done. |So $e\n|f$",
+    "code": "Code:\n|```py\ndef f(x):\n\n    return x. So\n```\n|It. |So\n|  ````\nx\n  ````\n|y",
+    "code, cut off": "Code:\n|```\na\n\nb. C",
+    "no fence": "```x``` is code\n|So",
+    "blank": " \n\t\r\n",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("name", HAND_SPLIT)
+def test_blocks_against_texts_split_by_hand(name):
+    splitter, what = sentence_splitter("blocks")
+    assert what in ("blocks+untrained-punkt", "blocks+nltk-punkt-english")
+    parts = HAND_SPLIT[name].split("|")
+    text = "".join(parts)
+    found = [text[a:b].strip() for a, b in splitter.span_tokenize(text)]
+    assert found == [part.strip() for part in parts if part.strip()]
+
+
+def test_a_table_is_one_sentence():
+    text = "A table\n| a | b |\n|---|---|\n| 1. x | Y. Z |\n\nAfter"
+    spans = sentence_splitter("blocks")[0].span_tokenize(text)
+    assert [text[a:b] for a, b in spans] == ["A table", text[8:-7], "After"]
+
+
+def test_blocks_of_english_in_one_line_are_as_punkt_has_them():
+    """What the toy worlds write: nothing moves."""
+    rng, blocks = random.Random(9), sentence_splitter("blocks")[0]
+    words = "We use e.g. Fig. 3 and 3.14 . So? no! ( ... ) A. b.) \"it.\" i.e. Move 1. x".split(" ")
+    for _ in range(300):
+        text = " ".join(rng.choice(words) for _ in range(rng.randrange(40)))
+        text = re.sub(r"^\d", "x", text)  # not the number of a list item
+        assert list(blocks.span_tokenize(text)) == list(untrained().span_tokenize(text))
+
+
+def test_blocks_of_chinese_against_a_naive_reading():
+    rng, blocks = random.Random(10), sentence_splitter("blocks")[0]
+    for _ in range(300):
+        text = "".join(rng.choice("你好世界数学。！？，、”」") for _ in range(rng.randrange(60)))
+        spans = list(blocks.span_tokenize(text))
+        naive, ended, closed = [""], False, False
+        for character in text:
+            if ended and (character in "，、" or character in "”」" and not closed):
+                pass  # belongs to what has ended; behind the comma nothing else does
+            elif ended and not (character in "。！？" and not closed):
+                naive.append("")
+                ended = False
+            naive[-1] += character
+            closed = ended and character in "，、"
+            ended = ended or character in "。！？"
+        assert [text[a:b] for a, b in spans] == [part for part in naive if part]
+
+
+HOSTILE = [
+    "\n", "\r", " ", "\t", "$", "$$", "$$\n", "\\[", "\\[a\n", "\\begin{a}", "\\begin{", "\\", "`",
+    "```\n", "````", "|\n", "|", "| a\n", "。", "。”", "。”，", "。*", "…", "…”", "…a", "好.)", ".",
+    "!", ".*", "X", "ก ", "ก", "1.", "1.\n", "#", "- ", "> ", "．", "．1", "x\n", "\0", "\ud800",
+    LONG + "\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_blocks_take_linear_time(piece):
+    """Here, half a second at most; a quadratic search would take many. With something else behind,
+    so that a search for more of the same fails at the end only."""
+    text, end, begun = piece * (60_000 // len(piece)) + "，\\x", 0, time.process_time()
+    for start, stop in sentence_splitter("blocks")[0].span_tokenize(text):
+        assert end <= start < stop and not text[end:start].strip()
+        end = stop
+    assert not text[end:].strip()
+    assert time.process_time() - begun < 4
+
+
+def test_tokens_of_blocks():
+    """A mark and the quote behind it end the sentence of the tokens that they are in."""
+    tokenizer, blocks = byte_level(), sentence_splitter("blocks")[0]
+    for name, text in HAND_SPLIT.items():
+        ids = tokenizer(text.replace("|", ""))["input_ids"]
+        if ids:
+            segments = token_segments(tokenizer, ids, blocks)
+            assert segments.tolist() == naive_segments(tokenizer, ids, blocks), name
+    ids = tokenizer("他说：“对。”然后走了。")["input_ids"]
+    assert by_segment(tokenizer, ids, blocks) == ["他说：“对。”", "然后走了。"]
+    assert by_segment(tokenizer, ids) == ["他说：“对。”然后走了。"]  # one, to the untrained Punkt
+
+
 def test_a_splitter_that_remembers_decides_as_one_that_does_not():
     rng = random.Random(8)
     parameters = teachability.PunktParameters()
@@ -269,6 +380,7 @@ def test_auto_takes_the_pretrained_when_it_is_there(monkeypatch):
     for kind in ("auto", "pretrained"):
         assert sentence_splitter(kind) == (pretrained, "nltk-punkt-english")
     assert sentence_splitter("untrained")[1] == "untrained-punkt"
+    assert sentence_splitter()[1] == sentence_splitter("blocks")[1] == "blocks+nltk-punkt-english"
 
 
 @pytest.fixture
@@ -281,6 +393,7 @@ def no_data(monkeypatch):
 
 def test_missing_data(no_data):
     assert sentence_splitter("auto")[1] == "untrained-punkt"
+    assert sentence_splitter()[1] == "blocks+untrained-punkt"
     with pytest.raises(LookupError, match="nltk.downloader punkt_tab"):
         sentence_splitter("pretrained")
     with pytest.raises(ValueError, match="kind .* 'spacy'"):

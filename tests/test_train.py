@@ -504,6 +504,8 @@ def test_two_processes_repeat_one_process(method, tmp_path):
     for a, b in zip(one, two, strict=True):
         assert a["kept_tokens"] == b["kept_tokens"] and a["fired"] == b["fired"]
         keys = "loss reverse_kl entropy grad_norm response_tokens kept repeated_4grams".split()
+        keys += ["sentences"] * ("sentences" in a)
+        assert ("sentences" in a) == ("sentences" in b) == train.needs(parse(flags)).sentences
         if "lgr" in method:
             keys += ["triggered", "group_std", "bonus", "outside_group"]
             assert a["triggered"] > 0 and a["group_std"] > 0 and a["seconds"]["lookahead"] > 0
@@ -515,6 +517,37 @@ def test_two_processes_repeat_one_process(method, tmp_path):
         assert a["ood"] == b["ood"] and a["ood"]["problems"] == 4
         assert a.get("uncertain_wording") == b.get("uncertain_wording")
         assert ("uncertain_wording" in a) == ("lgr" in method)  # the fork world has it
+
+
+@pytest.mark.parametrize("least, few", [(2, False), (4, False), (5, True)])
+def test_sentences_are_counted_and_too_few_are_said_once(least, few, capsys):
+    """Responses of six moves have 8 sentences, 2 x 4."""
+    run = make_run(*TOY, *SHORT, "--method", "release", "--min-segments", least)
+    punkt, batch = teachability.sentence_splitter("untrained")[0], sample(run)
+    rows = zip(batch.ids_BT, batch.response_mask_BT, strict=True)
+    rows = [ids_T[mask_T] for ids_T, mask_T in rows]
+    texts = run.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    counts = [len(list(punkt.span_tokenize(text))) for text in texts]
+    assert few == (sum(count < 2 * least for count in counts) > len(counts) / 2), counts
+    capsys.readouterr()
+    line, other = (train.train_step(run, step) for step in (0, 1))
+    assert line["sentences"] == sum(counts) / len(counts) and other["sentences"] > 0
+    said = [x for x in capsys.readouterr().err.splitlines() if "--splitter" in x]
+    assert len(said) == few and (not few or said[0].startswith("train.py: step 1: most responses"))
+
+
+def test_most_responses_is_more_than_half_of_those_of_all_processes(capsys):
+    """By the sums: process 0 alone would have warned, or not."""
+    for short, rollouts, warns in ((3, 6, False), (4, 6, True), (0, 6, False)):
+        run = make_run(*TOY, *SHORT, "--method", "release")
+        batch = sample(run)
+        scores = score(run, batch)
+        names = list(log.batch_sums(batch, scores, run.args, run.segments))
+        run.sum = lambda values, names=names, totals={"short": short, "rollouts": rollouts}: [
+            totals.get(name, value) for name, value in zip(names, values, strict=True)
+        ]
+        run.log_line(0, 0.0, 0.0, 0, batch, scores)
+        assert ("--splitter" in capsys.readouterr().err) == warns
 
 
 @pytest.mark.parametrize("method", ["release", "rkl"])
