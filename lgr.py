@@ -89,11 +89,12 @@ def _slices(leaf_BTK, nodes_per_slice: int):
         left_N3 = left_N3[~now_N]
 
 
-def _read_signal(hidden_ND, weight_VD, signal, next_N, chunk) -> torch.Tensor:
+def _read_signal(hidden_ND, weight_VD, signal, next_N, chunk, stop_class) -> torch.Tensor:
     """The confidence [N] after each hidden state; never more than [chunk, V] logits."""
     wide, out = torch.promote_types(weight_VD.dtype, torch.float32), []
     for hidden_CD, next_C in zip(hidden_ND.split(chunk), next_N.split(chunk), strict=True):
         logits_CV = (hidden_CD @ weight_VD.T).to(wide)
+        logits_CV = stop_class(logits_CV) if stop_class else logits_CV
         out.append(SIGNALS[signal](logits_CV, logits_CV.logsumexp(dim=-1), next_C[:, None]))
     return torch.cat(out)
 
@@ -101,7 +102,7 @@ def _read_signal(hidden_ND, weight_VD, signal, next_N, chunk) -> torch.Tensor:
 @torch.no_grad()
 def lookahead_confidence(
     model, ids_BT, response_mask_BT, trigger_BT, candidates_BTK, *, cache=None, hidden_BTD=None,
-    signal="max_prob", vocab_size=None, nodes_per_slice=4096, chunk=1024,
+    signal="max_prob", vocab_size=None, stop_class=None, nodes_per_slice=4096, chunk=1024,
 ) -> torch.Tensor:  # fmt: skip
     """The teacher's confidence one step after each candidate, by tree attention.
 
@@ -110,8 +111,8 @@ def lookahead_confidence(
         one at a time, where response_mask_BT and trigger_BT (bool) are true.
     cache, hidden_BTD: KV cache and last hidden states of one pass of `model` over ids_BT. Without a
         cache that pass is made here; without hidden states the sampled tokens are read again.
-    signal: one of SIGNALS. vocab_size: rows of the head to use. nodes_per_slice: most leaves in a
-        pass, padding included. chunk: most leaves whose logits exist at one time.
+    signal: one of SIGNALS. vocab_size: rows of the head to use. stop_class: a logprobs.StopClass.
+    nodes_per_slice: most leaves in a pass, padding included. chunk: of which logits exist at once.
     Returns [B, T, K]: in [0, 1], or nats <= 0 for "entropy"; nan where not triggered, or nothing
     follows ("sampled_prob"). ValueError: masks that are not bool [B, T], a cache that lacks tokens.
 
@@ -142,7 +143,8 @@ def lookahead_confidence(
         raise ValueError(f"cache lacks some of {B} rows of {T} tokens (a sliding window does)")
 
     def keep(hidden_ND, leaf):
-        confidence_BTK[leaf] = _read_signal(hidden_ND, weight_VD, signal, next_BT[leaf[:2]], chunk)
+        how = signal, next_BT[leaf[:2]], chunk, stop_class
+        confidence_BTK[leaf] = _read_signal(hidden_ND, weight_VD, *how)
 
     leaf_BTK = trigger_BT[..., None].expand_as(candidates_BTK)
     if hidden_BTD is not None:  # what the trunk itself predicts after the sampled token
@@ -160,7 +162,6 @@ def self_check(model, *, tolerance: float | None = None) -> None:
     """Compare the tree with plain forward passes on eight tokens, once per model. This finds what
     no config says: a mask or position ids that are not obeyed, a head that is more than a matrix,
     layers without a plain cache. It cannot see a window of more than eight tokens.
-
     tolerance: of the mean of |ln(tree / plain)|, largest probabilities; 0.01, or 0.2 for 16 bits.
     Raises ValueError that names the model's class if they differ by more, or one fails.
     """
@@ -184,7 +185,6 @@ def self_check(model, *, tolerance: float | None = None) -> None:
 # -------------------------------------------------------------------------------------- rewards
 def group_reward(confidence_BTK, *, normalize: str = "std", eps: float = 1e-6) -> torch.Tensor:
     """r_k = (c_k - mean) / (std + eps) within each group, the last axis; of the same type.
-
     All 0 where candidates are equal or alone, and in a group that holds a nan or an infinity.
     normalize: "std" (the paper: the unbiased one), or "mean" (the authors' script: no division).
     eps: differences well below it are noise; raise it for a bfloat16 teacher.

@@ -3,14 +3,9 @@
 Float32 logits [B, T, V] of 16k tokens over 150,000 take 10 GB, their gradient as much again. Here
 only those of `chunk` positions exist at a time; backward computes them again.
 
-  token_logprobs    log-prob of the tokens, or of K candidates each            with gradient
-  token_stats       log-prob, maximum probability, entropy, top K, candidates  no gradient
-  token_divergence  KL(p || q), KL(q || p) or JSD of student p and teacher q   gradient in p
-
 Alignment: `hidden[:, t-1]` predicts `ids[:, t]`. Entry t of a result describes token t. Entry 0
 and entries outside `mask_BT` are 0; no logits are computed for them.
-Vocabulary: checkpoints of one family pad their heads differently (151936 and 152064 rows for one
-tokenizer). `vocab_size` cuts the head before the softmax: both models range over the same tokens.
+Vocabulary: checkpoints of one family pad their heads differently; `vocab_size` cuts both alike.
 Precision: the product with the head runs in the type of the hidden states (under autocast, in
 autocast's type), the rest in float32, or in float64 for float64 input. Units: nats.
 Letters: B rows, T tokens, V vocabulary, D hidden width, E the teacher's hidden width,
@@ -28,8 +23,7 @@ def _defaults(like_BT, mask_BT, temperature, chunk):
     """(mask, positions in a chunk), where None stands for the default."""
     if not temperature >= 1e-30:  # a lower one makes the logits infinite
         raise ValueError(f"temperature must be positive, not {temperature}")
-    if mask_BT is None:
-        mask_BT = torch.ones(like_BT.shape[:2], dtype=torch.bool, device=like_BT.device)
+    mask_BT = like_BT.new_ones(like_BT.shape[:2]) if mask_BT is None else mask_BT
     return mask_BT.bool(), chunk or (1024 if like_BT.is_cuda else 256)
 
 
@@ -57,10 +51,20 @@ def _logits(hidden_CD, head_VD, temperature=1.0):
     return logits_CV if temperature == 1 else logits_CV.div_(temperature)
 
 
-def _log_softmax(logits_CV):
+def _log_softmax(logits_CV, stop_class):
     """PyTorch's; but that adds up V numbers in a row on a CPU: at V = 262,144 it loses 1e-4."""
-    logp_CV = logits_CV.log_softmax(dim=-1)
+    logp_CV = (stop_class(logits_CV) if stop_class else logits_CV).log_softmax(dim=-1)
     return logp_CV if logp_CV.is_cuda else logp_CV - logp_CV.detach().logsumexp(-1, keepdim=True)
+
+
+class StopClass(tuple):
+    """Stop ids. Called on logits [..., V] it makes one outcome of them, the first, so that student
+    and teacher agree on ending where they end by different ids."""
+
+    def __call__(self, logits_V):
+        index_E = torch.tensor(self, device=logits_V.device)
+        total_1 = logits_V[..., index_E].logsumexp(dim=-1, keepdim=True)
+        return logits_V.index_fill(-1, index_E, -torch.inf).index_copy(-1, index_E[:1], total_1)
 
 
 class _OverChunks(torch.autograd.Function):
@@ -80,10 +84,8 @@ class _OverChunks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_NK):
         hidden_ND, weight_VD, head_VD, *rows = ctx.saved_tensors
-        grad_hidden_ND, grad_weight_VD = torch.zeros_like(hidden_ND), None
-        if ctx.needs_input_grad[4]:
-            grad_weight_VD = torch.zeros_like(weight_VD, dtype=grad_NK.dtype)
-            grad_head_VD = grad_weight_VD[: len(head_VD)]
+        grad_hidden_ND = torch.zeros_like(hidden_ND)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=(wide := grad_NK.dtype))
         used_M = (grad_NK != 0).any(dim=1).nonzero()[:, 0]  # elsewhere, 0 * inf would be nan
         for index_C in used_M.split(ctx.chunk):
             hidden_CD = hidden_ND[index_C]
@@ -93,16 +95,13 @@ class _OverChunks(torch.autograd.Function):
             grad_CK = grad_NK[index_C] / ctx.temperature
             grad_CV = torch.autograd.grad(value_CK, logits_CV, grad_CK)[0].to(head_VD.dtype)
             grad_hidden_ND[index_C] = grad_CV @ head_VD
-            if grad_weight_VD is not None and head_VD.dtype == grad_head_VD.dtype:
-                grad_head_VD.addmm_(grad_CV.T, hidden_CD)
-            elif grad_weight_VD is not None:
-                grad_head_VD += grad_CV.T @ hidden_CD
+            grad_weight_VD[: len(head_VD)].addmm_(grad_CV.T.to(wide), hidden_CD.to(wide))
         return None, None, None, grad_hidden_ND, grad_weight_VD, None, *[None] * len(rows)
 
 
 def token_logprobs(
     hidden_BTD, weight_VD, ids_BT, *, candidates_BTK=None, mask_BT=None, vocab_size=None,
-    temperature=1.0, chunk=None,
+    temperature=1.0, chunk=None, stop_class=None,
 ):  # fmt: skip
     """Log-prob of every token [B, T], or of candidates [B, T, K], in nats, with gradient.
 
@@ -112,6 +111,7 @@ def token_logprobs(
     mask_BT: bool, the positions that are wanted; default all. Time and memory follow its count.
     vocab_size: use only the first rows of the head; default all.
     temperature: divides the logits. chunk: positions at a time; default 256, on a GPU 1024.
+    stop_class: a StopClass, of whose ids `ids_BT` has the first only; default None, none.
     Raises ValueError: temperature not positive, vocab_size outside the head.
 
     >>> hidden = torch.zeros(1, 3, 2)                       # uniform over V = 4
@@ -122,8 +122,11 @@ def token_logprobs(
     hidden_ND, head_VD = _flatten(hidden_BTD, weight_VD, mask_BT, vocab_size)
     ids_BTK = ids_BT[..., None] if candidates_BTK is None else candidates_BTK
     ids_NK = ids_BTK[:, 1:][mask_BT[:, 1:]]
-    how = (lambda z_CV, ids_CK: _log_softmax(z_CV).gather(1, ids_CK)), chunk, temperature
-    logp_NK = _OverChunks.apply(*how, hidden_ND, weight_VD, head_VD, ids_NK)
+
+    def read(logits_CV, ids_CK):
+        return _log_softmax(logits_CV, stop_class).gather(1, ids_CK)
+
+    logp_NK = _OverChunks.apply(read, chunk, temperature, hidden_ND, weight_VD, head_VD, ids_NK)
     return _unflatten(logp_NK[:, 0] if candidates_BTK is None else logp_NK, mask_BT)
 
 
@@ -142,7 +145,7 @@ class TokenStats:
 @torch.no_grad()
 def token_stats(
     hidden_BTD, weight_VD, ids_BT, *, top_k=0, entropy=True, candidates_BTK=None, mask_BT=None,
-    vocab_size=None, temperature=1.0, chunk=None,
+    vocab_size=None, temperature=1.0, chunk=None, stop_class=None,
 ):  # fmt: skip
     """TokenStats: what scoring reads off the distributions, in one pass over the head.
 
@@ -159,7 +162,7 @@ def token_stats(
     rows = hidden_ND, *(x_BTK[:, 1:][mask_BT[:, 1:]] for x_BTK in aligned)
     chunks = []
     for hidden_CD, ids_C1, *candidates in zip(*(x.split(chunk) for x in rows), strict=True):
-        logp_CV = _log_softmax(_logits(hidden_CD, head_VD, temperature))
+        logp_CV = _log_softmax(_logits(hidden_CD, head_VD, temperature), stop_class)
         stats = {"logp_BT": logp_CV.gather(1, ids_C1)[:, 0], "max_prob_BT": logp_CV.amax(-1).exp()}
         for candidates_CK in candidates:
             stats["candidate_logp_BTK"] = logp_CV.gather(1, candidates_CK)
@@ -179,7 +182,7 @@ def _kl(logp_CV, logq_CV):
 
 def token_divergence(
     hidden_BTD, weight_VD, teacher_hidden_BTE, teacher_weight_VE, *, mask_BT=None, kind="rkl",
-    beta=0.5, vocab_size=None, temperature=1.0, chunk=None,
+    beta=0.5, vocab_size=None, temperature=1.0, chunk=None, stop_class=None,
 ):  # fmt: skip
     """Divergence [B, T] of student p and teacher q, whole vocabulary, nats; with gradient in p.
 
@@ -187,9 +190,9 @@ def token_divergence(
         fkl  KL(q || p) = sum q (log q - log p)
         jsd  beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p     GKD, 2306.13649
 
-    Other arguments and errors as in `token_logprobs`, and ValueError for an unknown kind, beta
-    outside (0, 1), heads of different size without vocab_size. `temperature` divides the student's
-    logits only. Where q is 0 and p is not, rkl is inf and its gradient not finite.
+    Other arguments and errors as in `token_logprobs`, and ValueError for an unknown kind or a beta
+    outside (0, 1). `temperature` divides the student's logits only; vocab_size must cut heads of
+    different sizes. Where q is 0 and p is not, rkl is inf and its gradient not finite.
 
     >>> student, teacher = torch.tensor([[3.0], [1.0]]).log(), torch.tensor([[1.0], [1.0]]).log()
     >>> hidden = torch.ones(1, 2, 1)                        # p = (3/4, 1/4), q = (1/2, 1/2)
@@ -197,19 +200,15 @@ def token_divergence(
     >>> [round(x[0, 1].item(), 4) for x in kl]
     [0.1308, 0.1438, 0.0338]
     """
-    if kind not in DIVERGENCES:
-        raise ValueError(f"kind must be one of {', '.join(DIVERGENCES)}, not {kind!r}")
-    if not 0 < beta < 1:
-        raise ValueError(f"beta must lie between 0 and 1, both excluded, not {beta}")
-    if vocab_size is None and len(weight_VD) != len(teacher_weight_VE):
-        raise ValueError(f"vocab_size must cut {len(weight_VD)} and {len(teacher_weight_VE)} rows")
+    if kind not in DIVERGENCES or not 0 < beta < 1:
+        raise ValueError(f"kind must be in {DIVERGENCES}, beta in (0, 1), not {kind!r}, {beta}")
     mask_BT, chunk = _defaults(hidden_BTD, mask_BT, temperature, chunk)
     hidden_ND, head_VD = _flatten(hidden_BTD, weight_VD, mask_BT, vocab_size)
     teacher_NE, teacher_VE = _flatten(teacher_hidden_BTE, teacher_weight_VE, mask_BT, vocab_size)
 
     def read(logits_CV, teacher_CE):
-        logp_CV = _log_softmax(logits_CV)
-        logq_CV = _log_softmax(_logits(teacher_CE, teacher_VE).to(logp_CV.dtype))
+        logp_CV = _log_softmax(logits_CV, stop_class)
+        logq_CV = _log_softmax(_logits(teacher_CE, teacher_VE).to(logp_CV.dtype), stop_class)
         if kind != "jsd":
             return _kl(logp_CV, logq_CV) if kind == "rkl" else _kl(logq_CV, logp_CV)
         m_CV = beta * logq_CV.exp() + (1 - beta) * logp_CV.exp()

@@ -41,7 +41,7 @@ class Rollout:
     truncated_B: torch.Tensor  # bool, true where `max_new_tokens` ended the row, not a stop token
 
 
-def sample_token(logits_SV, temperature: float, uniform_S, top_k: int):
+def sample_token(logits_SV, temperature: float, uniform_S, top_k: int, stop_class=None):
     """Draw one token per row and read its statistics off the same logits.
 
     The token is the first whose cumulative probability exceeds the row's uniform number, a float64
@@ -54,7 +54,9 @@ def sample_token(logits_SV, temperature: float, uniform_S, top_k: int):
     >>> token.tolist(), [round(x, 3) for x in logp.exp().tolist()], round(entropy[0].item(), 3)
     ([0, 1], [0.5, 0.25], 1.04)
     """
-    logp_SV = (logits_SV.float() / (temperature or 1.0)).log_softmax(dim=-1)
+    logits_SV = logits_SV.float() / (temperature or 1.0)
+    logits_SV = stop_class(logits_SV) if stop_class else logits_SV
+    logp_SV = logits_SV.log_softmax(dim=-1)
     prob_SV = logp_SV.exp()
     total_S1 = prob_SV.sum(dim=-1, keepdim=True)  # 1, but for 1e-4 that a CPU's log_softmax loses
     if temperature == 0:
@@ -146,7 +148,7 @@ def decode_step(model, cache: SlotCache, token_S, column_S, width: int):
 def generate(
     model, prompts, *, max_new_tokens: int, eos_ids, pad_id: int, temperature: float = 1.0,
     top_k: int = 8, batch_size: int | None = None, generator: torch.Generator | None = None,
-    vocab_size: int | None = None, decode=None, progress=None,
+    vocab_size: int | None = None, decode=None, progress=None, stop_class=None,
 ) -> Rollout:  # fmt: skip
     """Sample one response per prompt, in eval mode; rows come back in the order of the prompts.
 
@@ -160,8 +162,8 @@ def generate(
     batch_size      most rows in flight at once; default all
     generator       draws the B x max_new_tokens uniform numbers; default the global CPU generator
     vocab_size      sample only ids below this (checkpoints pad their heads); default all
-    decode          a faster step (fast/decode.py): decode(model, cache, step) returns what stands
-                    in for step(token_S, column_S, width), which is `decode_step`
+    decode          decode(model, cache, step) returns a faster `decode_step` (fast/decode.py)
+    stop_class      function of the logits that makes one outcome of `eos_ids` (logprobs.StopClass)
     progress        called after every step: progress(tokens drawn, responses that ended with them)
     ValueError: an empty prompt, a number out of range, logits that are not finite, an unused cache.
     """
@@ -174,15 +176,13 @@ def generate(
     B, longest, device = len(prompts), max(lengths), model.device
     padded = [[*prompt] + [pad_id] * (longest - len(prompt)) for prompt in prompts]
     ids_BT = F.pad(torch.tensor(padded, device=device), (0, max_new_tokens), value=pad_id)
-    where = generator.device if generator else "cpu"
-    uniform_BN = torch.zeros(B, max_new_tokens, dtype=torch.float64, device=where)
-    if temperature > 0:
-        uniform_BN.uniform_(generator=generator)
-    uniform_BN, eos_E = uniform_BN.to(device), torch.tensor(sorted(set(eos_ids)), device=device)
+    how = {"dtype": torch.float64, "device": getattr(generator, "device", "cpu")}
+    uniform_BN = torch.rand(B, max_new_tokens, generator=generator, **how).to(device)
+    eos_E = torch.tensor(sorted(set(eos_ids)), device=device)
 
     def draw(logits_SV, row_S, n_S):
-        uniform_S = uniform_BN[row_S, n_S]
-        token_S, *rest = sample_token(logits_SV[:, :vocab_size], temperature, uniform_S, top_k)
+        how = temperature, uniform_BN[row_S, n_S], top_k, stop_class
+        token_S, *rest = sample_token(logits_SV[:, :vocab_size], *how)
         stopped_S = torch.isin(token_S, eos_E)
         done_S = stopped_S | (n_S + 1 == max_new_tokens)
         if progress:

@@ -161,7 +161,7 @@ def sample(run, step: int):
             run.model, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
             eos_ids=run.stop_ids, pad_id=run.pad_id, vocab_size=run.vocab_size, decode=run.decode,
             top_k=max(run.needs.candidates.values(), default=1), batch_size=args.sample_batch,
-            generator=run.generator(step, first_row), progress=moved,
+            generator=run.generator(step, first_row), progress=moved, stop_class=run.stop_class,
         )  # fmt: skip
     run.watch.lap("sample")
     return batch, first_row
@@ -181,7 +181,7 @@ def score(run, batch, segments) -> Scores:
         stats = logprobs.token_stats(
             trunk[0], teacher.get_output_embeddings().weight, ids_BT, entropy=False,
             top_k=args.union_top_k * topk, candidates_BTK=candidates_BTK, mask_BT=mask_BT,
-            vocab_size=run.vocab_size,
+            vocab_size=run.vocab_size, stop_class=run.stop_class,
         )  # fmt: skip
         out.put(at, logp_BT=stats.logp_BT, max_prob_BT=stats.max_prob_BT)
         run.watch.lap("score")
@@ -203,8 +203,8 @@ def score(run, batch, segments) -> Scores:
             trigger_BT = lgr.trigger(entropy_BT, looked_BT, args.lgr_tau)  # entropy > tau
             confidence_BTK = lgr.lookahead_confidence(
                 teacher, ids_BT, mask_BT, trigger_BT, candidates_BTK[..., : args.lgr_top_k],
-                cache=trunk.past_key_values, hidden_BTD=trunk[0], signal=args.lgr_signal,
-                vocab_size=run.vocab_size, nodes_per_slice=args.lgr_nodes,
+                cache=trunk.past_key_values, hidden_BTD=trunk[0], nodes_per_slice=args.lgr_nodes,
+                vocab_size=run.vocab_size, stop_class=run.stop_class, signal=args.lgr_signal,
             )  # fmt: skip
             how = {"normalize": args.lgr_normalize, "eps": args.lgr_eps}
             out.put(at, trigger_BT=trigger_BT, spread_BT=confidence_BTK.std(dim=-1).nan_to_num(),

@@ -30,6 +30,16 @@ def _logits(hidden_CD, head_VD, temperature, out_CV):
         out_CV.div_(temperature)
 
 
+def _merge_(logits_CV, stop_class):
+    """`stop_class(logits)`, in place; returns the share of every id in their outcome [C, E]."""
+    if not stop_class:
+        return None
+    ids_E = list(stop_class)
+    stops_CE, logits_CV[:, ids_E] = logits_CV[:, ids_E], -math.inf
+    logits_CV[:, ids_E[0]] = stops_CE.logsumexp(dim=-1)
+    return stops_CE.softmax(dim=-1)
+
+
 def _softmax(logits_CV, out_CV):
     """Write the probabilities to `out_CV`; returns the logits' log-sum-exp [C, 1]: logit - log p of
     any token, and for the most likely one log p is accurate, and cheap."""
@@ -99,9 +109,11 @@ def _sweep(how, tensors, index_M, scale_NK=None, wants=(False, False)):
     """Numbers [M, K] at these positions, chunk by chunk, and the gradients of sum scale * numbers
     in hidden states and in the whole head, None where it is not wanted.
 
-    how: reader, number of buffers, temperature, chunk. tensors: hidden [N, D], whole head [V, D],
-    cut head, and for the reader the tokens' ids [N, K] or the teacher's hidden states [N, E]."""
-    (hidden_ND, weight_VD, head_VD, own_N), (read, count, temperature, chunk) = tensors, how
+    how: reader, number of buffers, temperature, chunk, stop class. tensors: hidden [N, D], whole
+    head [V, D], cut head, and for the reader the tokens' ids [N, K] or the teacher's hidden states
+    [N, E]."""
+    hidden_ND, weight_VD, head_VD, own_N = tensors
+    read, count, temperature, chunk, stop_class = how
     wide = torch.promote_types(head_VD.dtype, torch.float32)
     grad_hidden_ND = torch.zeros_like(hidden_ND) if wants[0] else None
     grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if wants[1] else None
@@ -111,8 +123,11 @@ def _sweep(how, tensors, index_M, scale_NK=None, wants=(False, False)):
         hidden_CD = hidden_ND[index_C]
         logits_CV, *spare = (buffer_CV[: len(index_C)] for buffer_CV in buffers)
         _logits(hidden_CD, head_VD, temperature, logits_CV)
+        share_CE = _merge_(logits_CV, stop_class)
         scale_CK = scale_NK[index_C] / temperature if any(wants) else None
         numbers_CK, grad_CV = read(logits_CV, own_N[index_C], scale_CK, *spare)
+        if stop_class:  # every stop id's share of their outcome's gradient
+            grad_CV[:, list(stop_class)] = grad_CV[:, stop_class[0], None] * share_CE
         numbers.append(numbers_CK)
         grad_CV = grad_CV.to(head_VD.dtype)
         if wants[0]:
@@ -177,7 +192,7 @@ def _apply(how, hidden_BTD, weight_VD, own_N, mask_BT, vocab_size, scale_BT):
 
 def token_logprobs(
     hidden_BTD, weight_VD, ids_BT, *, candidates_BTK=None, mask_BT=None, vocab_size=None,
-    temperature=1.0, chunk=None, scale_BT=None,
+    temperature=1.0, chunk=None, stop_class=None, scale_BT=None,
 ):  # fmt: skip
     """As in logprobs.py. With candidates, `scale_BT` may be [B, T, K], one for each.
 
@@ -187,14 +202,15 @@ def token_logprobs(
     """
     mask_BT, chunk = _defaults(ids_BT, mask_BT, temperature, chunk)
     ids_BTK = ids_BT[..., None] if candidates_BTK is None else candidates_BTK
-    ids_NK, how = ids_BTK[:, 1:][mask_BT[:, 1:]], (_read_logprobs, 2, temperature, chunk)
+    how = _read_logprobs, 2, temperature, chunk, stop_class
+    ids_NK = ids_BTK[:, 1:][mask_BT[:, 1:]]
     logp_BTK = _apply(how, hidden_BTD, weight_VD, ids_NK, mask_BT, vocab_size, scale_BT)
     return logp_BTK[..., 0] if candidates_BTK is None else logp_BTK
 
 
 def token_divergence(
     hidden_BTD, weight_VD, teacher_hidden_BTE, teacher_weight_VE, *, mask_BT=None, kind="rkl",
-    beta=0.5, vocab_size=None, temperature=1.0, chunk=None, scale_BT=None,
+    beta=0.5, vocab_size=None, temperature=1.0, chunk=None, stop_class=None, scale_BT=None,
 ):  # fmt: skip
     """As in logprobs.py.
 
@@ -203,20 +219,17 @@ def token_divergence(
     >>> round(token_divergence(hidden, student, hidden, teacher)[0, 1].item(), 4)
     0.1308
     """
-    if kind not in DIVERGENCES:
-        raise ValueError(f"kind must be one of {', '.join(DIVERGENCES)}, not {kind!r}")
-    if not 0 < beta < 1:
-        raise ValueError(f"beta must lie between 0 and 1, both excluded, not {beta}")
-    if vocab_size is None and len(weight_VD) != len(teacher_weight_VE):
-        raise ValueError(f"vocab_size must cut {len(weight_VD)} and {len(teacher_weight_VE)} rows")
+    if kind not in DIVERGENCES or not 0 < beta < 1:
+        raise ValueError(f"kind must be in {DIVERGENCES}, beta in (0, 1), not {kind!r}, {beta}")
     mask_BT, chunk = _defaults(hidden_BTD, mask_BT, temperature, chunk)
     teacher_NE, teacher_VE = _flatten(teacher_hidden_BTE, teacher_weight_VE, mask_BT, vocab_size)
 
     def read(logits_CV, teacher_CE, scale_C1, teacher_CV, *spare):
         _logits(teacher_CE, teacher_VE, 1.0, teacher_CV)
+        _merge_(teacher_CV, stop_class)
         if kind == "jsd":
             return _read_jsd(logits_CV, teacher_CV, scale_C1, *spare, beta)
         return (_read_rkl if kind == "rkl" else _read_fkl)(logits_CV, teacher_CV, scale_C1, *spare)
 
-    how = read, 4 if kind == "jsd" else 3, temperature, chunk
+    how = read, 4 if kind == "jsd" else 3, temperature, chunk, stop_class
     return _apply(how, hidden_BTD, weight_VD, teacher_NE, mask_BT, vocab_size, scale_BT)[..., 0]

@@ -14,7 +14,7 @@ and of the run:
 
     args, needs, world                            flags, what the methods read, processes
     model, student, teacher                       `student` gives log-probs of `model`, inside DDP
-    tokenizer, splitter, vocab_size, stop_ids, pad_id, decode
+    tokenizer, splitter, vocab_size, stop_ids, stop_class, pad_id, decode
     optimizer, scheduler, watch                   watch.lap(phase) charges the time to a phase
     steps(), evaluation_due(step), write(line)    the loop: its numbers, the log, checkpoints
     prompts_of(step)                              this process's prompts, number of the first row

@@ -35,6 +35,7 @@ MACHINE = {
         ("--prompts-per-step", 128, COUNT, "over all processes"),
         ("--rollouts-per-prompt", 1, COUNT, "responses to each"),
         ("--max-new-tokens", 8192, (1, BIG), "longest response; on toys half above the right"),
+        ("--stop-class", "on", ["on", "off"], "where several tokens stop, they are one outcome"),
         ("--temperature", 1.0, POSITIVE, "of sampling; the student is scored at the same one"),
     ],
     "models and data": [

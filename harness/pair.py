@@ -25,11 +25,11 @@ class StudentLogProbs(torch.nn.Module):
     fast: whether the head is fast/head.py's, which computes the gradient in the same pass.
     """
 
-    def __init__(self, model, args, vocab_size: int, teacher_head_VE=None):
+    def __init__(self, model, args, vocab_size: int, teacher_head_VE=None, stop_class=None):
         super().__init__()
         self.model, self.teacher_head_VE, self.fast = model, [teacher_head_VE], args.fast == "on"
         self.divergence = {"kind": args.objective, "beta": args.jsd_beta}
-        self.how = {"vocab_size": vocab_size, "temperature": args.temperature}
+        self.how = dict(vocab_size=vocab_size, temperature=args.temperature, stop_class=stop_class)
 
     def forward(self, ids_BT, mask_BT, candidates_BTK=None, *, teacher=None, scale_BT=None):
         """Log-probs [B, T] of the tokens, or [B, T, K] of candidates in their places, nats at the
@@ -136,11 +136,13 @@ def load_models(run, device) -> None:
                 check_supported(model, max(map(len, prompts)) + args.max_new_tokens)
                 check(model)
     run.stop_ids = stop_ids(run.model, run.teacher, run.tokenizer)
+    merges = args.stop_class == "on" and len(run.stop_ids) > 1
+    run.stop_class = logprobs.StopClass(run.stop_ids) if merges else None
     if args.gradient_checkpointing:
         run.model.gradient_checkpointing_enable({"use_reentrant": False})
     run.decode = fast.decode.decode if args.fast == "on" else None
     head_VE = run.teacher.get_output_embeddings().weight
-    run.student = StudentLogProbs(run.model, args, run.vocab_size, head_VE)
+    run.student = StudentLogProbs(run.model, args, run.vocab_size, head_VE, run.stop_class)
     parameters = [p for p in run.student.parameters() if p.requires_grad]
     matrices, rest = ([p for p in parameters if (p.dim() >= 2) == is_2d] for is_2d in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay},

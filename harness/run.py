@@ -291,6 +291,7 @@ class Run:
         out = Path(self.args.out)
 
         def fill(folder: Path) -> None:
+            self.model.generation_config.eos_token_id = self.stop_ids  # it stops as it was trained
             self.model.to(getattr(torch, self.args.save_dtype)).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 

@@ -697,13 +697,10 @@ def changed(change):
 
 @both
 @pytest.mark.parametrize("change, message", [
-    ({"kind": "tv"}, "kind must be one of rkl, fkl, jsd, not 'tv'"),
-    ({"beta": 0.0}, "beta must lie between 0 and 1, both excluded, not 0.0"),
-    ({"beta": 1.0}, "beta must lie between 0 and 1, both excluded, not 1.0"),
-    ({"beta": float("nan")}, "beta must lie .* not nan"),
-    ({"teacher_weight_VE": torch.zeros(V + 2, E)}, "vocab_size must cut 23 and 25 rows"),
-    ({"teacher_weight_VE": torch.zeros(1, E)}, "vocab_size must cut 23 and 1 rows"),
-    ({"weight_VD": torch.zeros(V + 2, D)}, "vocab_size must cut 25 and 23 rows"),
+    ({"kind": "tv"}, r"kind must be in \('rkl', 'fkl', 'jsd'\), .* not 'tv', 0.5"),
+    ({"beta": 0.0}, r"beta in \(0, 1\), not 'rkl', 0.0"),
+    ({"beta": 1.0}, r"beta in \(0, 1\), not 'rkl', 1.0"),
+    ({"beta": float("nan")}, "beta in .* nan"),
     ({"weight_VD": torch.zeros(V + 2, D), "vocab_size": V + 1}, "must be in 1..23, not 24"),
     ({"vocab_size": 0}, "vocab_size must be in 1..23, not 0"),
     ({"temperature": 0.0}, "temperature must be positive, not 0.0"),

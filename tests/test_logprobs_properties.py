@@ -158,7 +158,7 @@ def test_bad_input_of_the_heads(data, which, way):
     if out is None:
         return
     first = out.logp_BT if which == "stats" else out
-    assert first.shape[:2] == bad["hidden_BTD"].shape[:2]
+    assert first.shape[:2] == bad["mask_BT"].shape
     if not finite(*(v for v in bad.values() if isinstance(v, torch.Tensor))):
         return
     assert finite(first), "finite input, but what comes out is not"

@@ -367,16 +367,17 @@ def fails(error):
 
 
 @prop("harness.open_splitter", "harness.surroundings", "harness.download_punkt", examples=20,
-      git=st.booleans(), kind=st.sampled_from(["auto", "pretrained", "untrained", "other"]),
+      git=st.booleans(),
+      kind=st.sampled_from(["blocks", "auto", "pretrained", "untrained", "other"]),
       error=st.sampled_from([None, OSError("no network"), KeyError("x"), ValueError("bad zip")]))
 def test_a_machine_without_git_or_data_is_described_and_refused_what_it_lacks(git, kind, error):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teachability, "PunktTokenizer", fails(LookupError("no data")))
         patch.setattr(nltk, "download", fails(error))
         assert harness.download_punkt(seconds=5) is None
-        if kind in ("auto", "untrained"):
+        if kind in ("blocks", "auto", "untrained"):
             found, name = harness.open_splitter(kind)
-            assert name == "untrained-punkt"
+            assert name == "blocks+" * (kind == "blocks") + "untrained-punkt"
             assert list(found.span_tokenize("It is. So")) == [(0, 6), (7, 9)]
         else:
             with pytest.raises(ValueError, match="^--splitter p" if kind != "other" else "kind"):

@@ -299,6 +299,7 @@ def test_download_offline_is_silent_and_falls_back(no_data, monkeypatch, capfd):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     assert open_splitter("auto")[1] == "untrained-punkt"
+    assert open_splitter("blocks")[1] == "blocks+untrained-punkt"
     with pytest.raises(ValueError, match="^--splitter pretrained: .*nltk.downloader punkt_tab"):
         open_splitter("pretrained")
     assert capfd.readouterr() == ("", "")
@@ -325,4 +326,7 @@ def test_what_is_missing_is_downloaded_once(monkeypatch):
     assert open_splitter("untrained")[1] == "untrained-punkt" and not installed
     for kind in ("auto", "pretrained"):
         assert open_splitter(kind) == (punkt, "nltk-punkt-english")
+    assert open_splitter("blocks")[1] == "blocks+nltk-punkt-english"
     assert installed == ["punkt_tab"]
+    installed.clear()
+    assert open_splitter("blocks")[1] == "blocks+nltk-punkt-english" and installed == ["punkt_tab"]
