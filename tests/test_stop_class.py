@@ -153,7 +153,7 @@ def other_stop(tmp_path_factory):
     world = toy.world("clean")
     shutil.copytree(world.teacher, folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    old, new = model.config.eos_token_id, 5
+    old, new = model.config.eos_token_id, 0  # <|pad|>, as in many base models
     head_VD, embedding_VD = model.get_output_embeddings(), model.get_input_embeddings()
     with torch.no_grad():
         for weight_VD in {id(m.weight): m.weight for m in (head_VD, embedding_VD)}.values():
