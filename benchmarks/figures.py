@@ -38,27 +38,8 @@ from benchmarks.points import (  # noqa: E402
     sensitivity_values,
     series,
 )
-from benchmarks.style import BLUE, DARK_GREY, GREEN, GREY, ORANGE, PINK, RED, SKY  # noqa: E402
+from benchmarks.style import DARK_GREY, GREEN, GREY, LGR_MEAN, LOOKS  # noqa: E402
 
-# A method looks the same in every figure: colour, dashes, marker. Two methods share a colour only
-# where no panel has both.
-LGR_MEAN = "lgr, mean, γ = 4"
-LOOKS = {
-    "opd": (RED, "-", "s"),
-    "release": (BLUE, "-", "o"),
-    "prefix": (GREEN, "-", "D"),
-    "shuffled": (PINK, (0, (5, 1.5)), "^"),
-    "random": (ORANGE, (0, (1, 1)), "v"),
-    "std": (SKY, (0, (4, 1, 1, 1)), "x"),
-    "rkl": (ORANGE, "-", "D"),
-    "fkl": (PINK, (0, (5, 1.5)), "^"),
-    "jsd": (SKY, (0, (4, 1, 1, 1)), "v"),
-    "lgr": (GREEN, "-", "^"),
-    "lgr_topk": (PINK, "-", "v"),
-    "release+lgr": (SKY, (0, (2, 1)), "D"),
-    LGR_MEAN: (GREEN, (0, (2, 1)), "v"),
-    "untrained": (GREY, (0, (4, 3)), None),
-}
 LOOKAHEAD = ["opd", "lgr", "lgr_topk", "release+lgr"]
 CURVES = [  # title, world, methods
     ("horizon", "horizon", CONTROLS),

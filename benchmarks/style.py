@@ -2,31 +2,10 @@
 
 import contextlib
 
+from diagnose.style import BLUE, GREEN, GREY, LGR_MEAN, LOOKS, ORANGE, PINK, RED, SKY, STYLE  # noqa: F401
+
 NEEDED = "matplotlib is needed for the figures: pip install -r benchmarks/requirements.txt"
-# Okabe and Ito's colours, safe for the colour-blind
-ORANGE, SKY, GREEN, BLUE, RED, PINK = "#E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
-GREY, DARK_GREY = "#777777", "#555555"
-STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-    "figure.dpi": 130,
-    "savefig.dpi": 130,
-}
+DARK_GREY = "#555555"
 
 
 @contextlib.contextmanager
