@@ -23,8 +23,10 @@ import os
 import random
 import re
 import shutil
+import stat
 import warnings
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +34,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-try:
-    import fcntl
-except ImportError:  # Windows: there, two processes can write one run
-    fcntl = None
+from harness.cli import alike, open_regular, printable, read_json
 
 KEPT = 2  # checkpoints: the newest, and the one before in case that is torn
 INSIDE = ("config.json", "log.jsonl", "log.dropped.jsonl", "checkpoints", "student", "faults")
@@ -57,31 +56,18 @@ def check_folder(out: Path, resume: bool = False) -> None:
         if not is_run:
             raise ValueError(f"--out {out} holds files that are not a run; name another folder")
     for name in INSIDE if resume else ():
+        is_kind, kind = (stat.S_ISREG, "file") if "." in name else (stat.S_ISDIR, "folder")
         if (out / name).is_symlink():
             raise ValueError(f"--out {out}: {name} is a link; a run stays in its own folder")
-    if (out / "log.jsonl").is_file():
-        with open(out / "log.jsonl", "rb") as file:
-            try:
-                lock(file)
-            except BlockingIOError:
-                raise ValueError(f"--out {out}: another process is writing this run") from None
-
-
-def make_folder(out: Path) -> None:
-    """Create the run folder.  An earlier run in its place is moved to <out>.1, <out>.2, ..."""
-    if out.exists() and any(out.iterdir()):
-        number = 1
-        while os.path.lexists(out.with_name(f"{out.name}.{number}")):
-            number += 1
-        out.rename(out.with_name(f"{out.name}.{number}"))
-    out.mkdir(parents=True, exist_ok=True)
+        if (out / name).exists() and not is_kind((out / name).stat().st_mode):
+            raise ValueError(f"--out {out}: {name} is not a {kind}")
 
 
 def write_json(path: Path, content: dict) -> None:
     """The whole file or, whatever happens, the one that was there before."""
     partial = path.with_name(path.name + ".partial")
     with name_the_path(path):
-        partial.unlink(missing_ok=True)  # it may be a link
+        _remove(partial)  # it may be a link
         with open(partial, "x") as file:
             file.write(json.dumps(content, indent=2) + "\n")
             file.flush()
@@ -94,13 +80,25 @@ def read_config(out: Path) -> dict | None:
     """config.json of a run that began there, None if there is none. ValueError: not a run's."""
     path = Path(out) / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
+        json.dumps(config, indent=2)  # not too deep to be written again
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
-        raise ValueError(f"{path}: is not a run's config")
+    except RecursionError:
+        raise ValueError(f"{path}: is nested too deep") from None
+    checks = {
+        "flags": lambda value: isinstance(value, dict) and not any(
+            isinstance(part, list | dict) for part in value.values()),
+        "resumed": lambda value: value is None or alike(value, []),
+        "date": lambda value: value is None or date.fromisoformat(value),
+    }  # fmt: skip
+    for key, check in checks.items():
+        try:
+            is_right = isinstance(config, dict) and check(config.get(key))
+        except (TypeError, ValueError):
+            is_right = False
+        if not is_right:
+            raise ValueError(f"{path}: is not a run's config: {key!r} is odd")
     return config
 
 
@@ -112,13 +110,7 @@ def changed_flags(config: dict, flags: dict, may_change=()) -> list[str]:
     """
     then, now = config["flags"], json.loads(json.dumps(flags))
     names = [k for k in then | now if k not in may_change and then.get(k) != now.get(k)]
-    return [f"--{k.replace('_', '-')} {then.get(k)}, now {now.get(k)}" for k in names]
-
-
-def lock(file) -> None:
-    """BlockingIOError if another process has it; the lock goes with the file or the process."""
-    if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return [f"--{k.replace('_', '-')} {then.get(k)!s:.60}, now {now.get(k)}" for k in names[:9]]
 
 
 def write_fault(out: Path, name: str, tensors: dict) -> Path:
@@ -126,6 +118,7 @@ def write_fault(out: Path, name: str, tensors: dict) -> Path:
     path = Path(out) / "faults" / name
     with name_the_path(path):
         path.parent.mkdir(exist_ok=True)
+        _remove(path)  # it may be a link
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
     return path
 
@@ -147,7 +140,7 @@ def first_fault(out: Path, text: str) -> str:
 
 def forget_faults(out: Path) -> None:
     """A resumed run has not failed yet."""
-    (Path(out) / "faults" / "first.txt").unlink(missing_ok=True)
+    _remove(Path(out) / "faults" / "first.txt")
 
 
 def replace_folder(out: Path, name: str, fill) -> None:
@@ -207,20 +200,33 @@ def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> 
     return target
 
 
-def newest(out: Path) -> Path | None:
-    """The folder of the newest whole checkpoint; None without one.  Torn ones that are newer are
-    renamed to `<name>.torn` and warned of; what an interrupted `write` left is deleted."""
-    folder = Path(out) / "checkpoints"
-    _clean(folder)
-    for path in reversed(_steps(folder)):
-        why = what_is_torn(path)
-        if not why:
-            return path
+def survey(out: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint, None without one; torn ones that are newer, and why. Reads only,
+    and warns."""
+    torn = {}
+    for path in reversed(_steps(Path(out) / "checkpoints")):
+        if not (why := what_is_torn(path)):
+            return path, torn
+        torn[path] = why
+        what = printable(f"{path} is torn ({why}): looking at the one before")
+        warnings.warn(what, stacklevel=2)
+    return None, torn
+
+
+def set_aside(out: Path, torn) -> None:
+    """Rename torn checkpoints to `<name>.torn`; delete what an interrupted `write` left."""
+    _clean(Path(out) / "checkpoints")
+    for path in torn:
         aside = path.with_name(path.name + ".torn")
         _remove(aside)
         path.rename(aside)
-        warnings.warn(f"{path} is torn ({why}): looking at the one before", stacklevel=2)
-    return None
+
+
+def newest(out: Path) -> Path | None:
+    """The newest whole checkpoint, with torn ones out of the way."""
+    path, torn = survey(out)
+    set_aside(out, torn)
+    return path
 
 
 def last_written(out: Path) -> Path | None:
@@ -237,7 +243,7 @@ def step_of(path: Path) -> int:
 def what_is_torn(path: Path) -> str:
     """Which file of a checkpoint is not what was written, and how; "" if it is whole."""
     try:
-        sums = json.loads((path / "checksums.json").read_text())
+        sums = read_json(path / "checksums.json")
         files = {file.name: file for file in path.iterdir()}
         odd = sums.keys() ^ (files.keys() - {"checksums.json"}) | ({"facts.json"} - sums.keys())
         if odd:
@@ -248,7 +254,7 @@ def what_is_torn(path: Path) -> str:
             if name != "checksums.json" and _sha256(file) != sums[name]:
                 return f"{name} has another checksum"
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        return f"checksums.json: {type(error).__name__}: {error}"
+        return f"checksums.json or what it names: {type(error).__name__}: {error}"
     return ""
 
 
@@ -260,7 +266,7 @@ def read(path: Path) -> Checkpoint:
 
 def read_facts(path: Path) -> dict:
     """Only the facts of a whole checkpoint."""
-    return json.loads((path / "facts.json").read_text())
+    return read_json(path / "facts.json")
 
 
 # ------------------------------------------------------------------------------- what is in one
@@ -284,6 +290,9 @@ def restore(checkpoint: Checkpoint, model, optimizer, scheduler=None) -> None:
     if wanted != {name: tensor.shape for name, tensor in saved.items()}:
         odd = sorted(wanted.keys() ^ saved.keys()) or ["a shape"]
         raise ValueError(f"the checkpoint is of another student: {odd[0]}")
+    for name, example in json.loads(json.dumps(capture(model, optimizer, scheduler)[1])).items():
+        if not alike(checkpoint.facts.get(name), example):
+            raise ValueError(f"facts.json: {name} of another optimizer")
     with torch.no_grad():
         for name, tensor in saved.items():
             own[name].copy_(tensor)
@@ -291,6 +300,11 @@ def restore(checkpoint: Checkpoint, model, optimizer, scheduler=None) -> None:
     for name, value in checkpoint.groups["optimizer"].items():
         number, key = name.split(".", 1)
         states.setdefault(int(number), {})[key] = value
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    for number, state in states.items():
+        right = {"step": torch.Size(), "exp_avg": shapes[number], "exp_avg_sq": shapes[number]}
+        if {name: value.shape for name, value in state.items()} != right:
+            raise ValueError(f"optimizer.safetensors: parameter {number} of another optimizer")
     structure = optimizer.state_dict()
     for group, options in zip(structure["param_groups"], checkpoint.facts["options"], strict=True):
         group |= {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
@@ -316,8 +330,8 @@ def set_random_state(state: dict) -> None:
     """Undo what was drawn since `random_state`."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    kind, keys, at, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), range(len(keys) + 1)[at], *rest))
     torch.set_rng_state(_bytes(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_bytes(state["cuda"]))
@@ -347,7 +361,7 @@ def _bytes(text: str) -> torch.Tensor:
 
 def _steps(folder: Path) -> list[Path]:
     """Checkpoints, oldest first; nothing else, and no links."""
-    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)]
+    found = [p for p in folder.glob("step-*") if re.fullmatch("step-[0-9]{8,18}", p.name)]
     return sorted((p for p in found if not p.is_symlink()), key=step_of)
 
 
@@ -357,14 +371,14 @@ def _clean(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink():  # the link, not what it leads to
-        path.unlink()
-    elif path.is_dir():
+    if path.is_dir() and not path.is_symlink():  # of a link the link, not what it leads to
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

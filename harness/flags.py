@@ -7,13 +7,12 @@ Whatever is wrong ends with exit code 2 and one line that names the flag.
 """
 
 import argparse
-import os
-import sys
 
 import torch
 
 import toy
 from harness.cli import BIG, MANY, MOST_THREADS, TINY, Parser, number, path_name
+from harness.cli import process_numbers, tell
 
 ANY, COUNT, POSITIVE = (0, BIG), (1, MANY), (TINY, BIG)  # limits: [lowest, highest]
 SHARE = (1e-6, 1 - 1e-6)
@@ -41,6 +40,7 @@ MACHINE = {
         ("--student", None, None, "folder or hub name (the toy world's)"),
         ("--teacher", None, None, "folder or hub name (the toy world's)"),
         ("--problems", None, None, "JSONL to train on (the toy world's)"),
+        ("--skip-bad-problems", False, None, "leave out, with a count, what cannot be used"),
         ("--toy", "varied", [*toy.WORLDS], "toy world of whatever is not given"),
         ("--difficulty", None, (1, toy.MAX_MOVES), "moves per toy problem (the world's)"),
         ("--thinking", False, None, "render prompts in thinking mode"),
@@ -160,10 +160,10 @@ def left_open(parser, args, origins) -> dict:
 
 def check_processes(parser, args) -> None:
     """Exit 2 unless what torchrun says of the processes makes sense with the flags."""
-    for name in ("RANK", "WORLD_SIZE"):
-        if not os.environ.get(name, "1").isdecimal():
-            parser.error(f"{name}={os.environ[name]!r} in the environment is not a whole number")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        _, world = process_numbers()
+    except ValueError as error:
+        parser.error(str(error))
     if args.prompts_per_step * args.rollouts_per_prompt < world:
         parser.error(f"--prompts-per-step {args.prompts_per_step} is less than {world} processes")
     if args.ood_problems and args.problems and not args.eval_problems:
@@ -180,4 +180,4 @@ def say(program, args, origins) -> None:
             by_origin.setdefault(origin, []).append(text)
     for origin, texts in by_origin.items():
         if texts:
-            print(f"{program}: {origin}: {', '.join(texts)}", file=sys.stderr)
+            tell(program, f"{origin}: {', '.join(texts)}")

@@ -6,6 +6,7 @@ what each key is.
 """
 
 import contextlib
+import io
 import json
 import os
 from pathlib import Path
@@ -14,17 +15,31 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from harness.checkpoint import lock, name_the_path
+from harness.checkpoint import name_the_path
+from harness.claim import lock
+from harness.cli import alike, open_regular, parse_json
 
 FLAT = 1e-3  # a deviation of confidences that a 16-bit teacher cannot tell from 0
+EVALUATION = {name: 1.0 for name in ("accuracy", "accuracy_low", "accuracy_high")}
+EVALUATION |= {"samples": 1, "problems": 1}
 
 
-def check_log(out: Path, keep: int) -> None:
-    """ValueError if log.jsonl has less than the `keep` bytes that it had at a checkpoint."""
+def read_log(out: Path, keep: int) -> list[dict]:
+    """The lines in the first `keep` bytes of log.jsonl, where a checkpoint was written. ValueError
+    that names the line if they are not what a run writes."""
     path = Path(out) / "log.jsonl"
     size = path.stat().st_size if path.exists() else 0
     if size < keep:
         raise ValueError(f"{path} has {size} bytes; it had {keep} when the checkpoint was written")
+    lines = []
+    with open_regular(path) if keep else io.BytesIO() as file:
+        for number, text in enumerate(file.read(keep).splitlines(keepends=True), 1):
+            line, where = parse_json(text, f"{path}:{number}"), f"{path}:{number}"
+            example = {"step": 1} | ({} if "loss" in line else EVALUATION)
+            if not alike({key: line.get(key) for key in example}, example) or text[-1:] != b"\n":
+                raise ValueError(f"{where}: not a line of a run")
+            lines.append(line)
+    return lines
 
 
 class Log:
@@ -36,16 +51,15 @@ class Log:
 
     def __init__(self, out: Path, keep: int = 0):
         self.path = Path(out) / "log.jsonl"
-        check_log(out, keep)
-        self.file = open(self.path, "ab")  # noqa: SIM115
+        self.lines = read_log(out, keep)
+        self.file = open(self.path, "ab+")  # noqa: SIM115
         lock(self.file)
-        old = self.path.read_bytes()
-        if old[keep:]:
+        self.file.seek(keep)
+        if rest := self.file.read():
             with open(self.path.with_name("log.dropped.jsonl"), "ab") as dropped:
-                dropped.write(old[keep:])
+                dropped.write(rest)
                 dropped.flush()
                 os.fsync(dropped.fileno())
-        self.lines = [json.loads(line) for line in old[:keep].splitlines()]
         self.file.truncate(keep)
 
     def write(self, line: dict) -> int:

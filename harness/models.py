@@ -4,18 +4,28 @@ Weights are read from safetensors only and no code that comes with a model is ru
 Whatever is wrong is a ValueError of one line that names the model or flag.
 """
 
+import functools
 import inspect
 import os
 import socket
 import urllib.parse
 import urllib.request
+from types import SimpleNamespace
 
 import huggingface_hub
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
 
 import rollout
-from harness.cli import first_line
+from harness.cli import first_line, read_json
+from harness.data import pad_id, stop_ids
+
+SHARDS = {  # what an index of weights may name
+    "model.safetensors.index.json": (".safetensors",),
+    "pytorch_model.bin.index.json": (".bin", ".safetensors"),  # read with --allow-bin only
+}
 
 
 def load_tokenizer(path, *, trust_remote_code=False):
@@ -34,6 +44,12 @@ def load_config(path, *, trust_remote_code=False):
     config = _from_pretrained(AutoConfig, path, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
         raise ValueError(f"{path}: {config.model_type} is an encoder-decoder, not a causal LM")
+    is_decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder:
+        raise ValueError(f"{path}: {config.model_type} is an encoder, not causal: no causal LM")
+    if (config._attn_implementation or "sdpa") not in ("sdpa", "eager"):  # may be code of the hub
+        named = f"attention implementation {config._attn_implementation!r:.60}"
+        raise ValueError(f"{path}: config.json names the {named}; known are sdpa and eager")
     if not getattr(config.get_text_config(decoder=True), "vocab_size", 0) > 0:
         raise ValueError(f"{path}: {config.model_type} has no vocabulary: not a language model")
     for part in [config, *(getattr(config, name, None) for name in config.sub_configs)]:
@@ -41,7 +57,45 @@ def load_config(path, *, trust_remote_code=False):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if number and ("dropout" in name or "layerdrop" in name or name.endswith("pdrop")):
                 setattr(part, name, type(value)(0))
+    check_weight_files(path, getattr(config, "transformers_weights", None))
     return config
+
+
+def check_weight_files(path, named=None) -> None:
+    """ValueError, before any is read, if weights would be no safetensors (of an index of `.bin`
+    files: something else) or lie outside the model's folder. named: a file that its config names.
+    """
+    found = [] if named is None else [("config.json", named, (".safetensors",))]
+    for index, kinds in SHARDS.items():
+        if (file := _file(path, index)) is not None:
+            content = read_json(file)
+            names = content.get("weight_map") if isinstance(content, dict) else None
+            if not isinstance(names, dict):
+                raise ValueError(f"{path}: {index} has no weight_map")
+            found += [(index, name, kinds) for name in names.values()]
+    for where, name, kinds in found:
+        parts = name.replace("\\", "/").split("/") if isinstance(name, str) else [""]
+        if "" in parts or ".." in parts or not name.endswith(kinds):
+            what = f"{' or '.join(kinds)} files in the model's folder"
+            raise ValueError(f"{path}: {where} names {name!r:.60}; weights are {what}")
+
+
+def check_tokens(configs: dict, tokenizer) -> None:
+    """ValueError, before any weights, if what pads and ends responses are no tokens of the models:
+    configs by path."""
+    sources, sizes, pad = [tokenizer], [], pad_id(tokenizer)
+    for path, config in configs.items():
+        sizes.append(config.get_text_config(decoder=True).vocab_size)
+        if not 0 <= pad < sizes[-1]:
+            raise ValueError(f"{path}: pad token {pad} is not among the model's {sizes[-1]} tokens")
+        has_one = _file(path, "generation_config.json") is not None
+        generation = _from_pretrained(GenerationConfig, path) if has_one else None
+        named = {"name_or_path": str(path), "config": config, "generation_config": generation}
+        sources.append(SimpleNamespace(**named))
+    *_, last = stops = stop_ids(*sources)
+    if stops[0] >= min(sizes) or last >= max(*sizes, len(tokenizer)):
+        where = f"the model's {min(sizes)} tokens"
+        raise ValueError(f"{', '.join(map(str, configs))}: stop token {last} is not among {where}")
 
 
 def load_model(path, *, dtype, device, trust_remote_code=False, allow_bin=False):
@@ -70,7 +124,24 @@ def load_model(path, *, dtype, device, trust_remote_code=False, allow_bin=False)
 
 
 def _from_pretrained(loader, path, **options):
-    name, folder, hint = str(path), os.path.expanduser(path), ""
+    what = loader.__name__.removeprefix("Auto")
+    name, more, hint = _place(path)
+    try:
+        return loader.from_pretrained(name, **options, **more)
+    except Exception as error:
+        raise ValueError(f"{path}: cannot load {what}: {hint}{first_line(error)}") from error
+
+
+def _file(path, name: str) -> str | None:
+    """Where a file of a model is, on the hub or in its folder; None if it has none."""
+    folder, options, _ = _place(path)
+    return cached_file(folder, name, _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False, **options)
+
+
+def _place(path) -> tuple[str, dict, str]:
+    """(name, options) for the library, of a folder or hub name, and how its errors begin."""
+    name, folder, hint, options = str(path), os.path.expanduser(path), "", {}
     if not os.path.isdir(folder):
         if os.path.exists(folder) or name.count("/") > 1 or name[:1] in ("/", ".", "~", ""):
             raise ValueError(f"{name!r:.200}: no such folder")
@@ -79,13 +150,18 @@ def _from_pretrained(loader, path, **options):
         hint = "no such local folder; on the hub: "
         if options["local_files_only"]:
             hint = "no such local folder, not in the cache, and this machine is offline: "
-    try:
-        return loader.from_pretrained(name if hint else folder, **options)
-    except Exception as error:
-        what = loader.__name__.removeprefix("Auto")
-        raise ValueError(f"{name}: cannot load {what}: {hint}{first_line(error)}") from error
+    else:
+        name = folder
+        if os.path.exists(os.path.join(folder, "adapter_config.json")):
+            raise ValueError(f"{path}: a LoRA adapter, no model: merge it into its base first "
+                             "(merge_and_unload of peft, then save_pretrained)")  # fmt: skip
+        for entry in os.scandir(folder):
+            if os.path.exists(entry) and not entry.is_file() and not entry.is_dir():
+                raise ValueError(f"{path}: {entry.name} is not a regular file")
+    return name, options, hint
 
 
+@functools.cache
 def _online():
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False

@@ -1,8 +1,6 @@
 """A student, a teacher and their prompts: everything that can fail without the weights, then the
 weights, the optimizer and its schedule."""
 
-import hashlib
-import json
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -12,10 +10,11 @@ import fast.head
 import logprobs
 import teachability
 import toy
-from harness.data import check_fit, download_punkt, from_records, load_problems, render_prompts
-from harness.data import stop_ids
-from harness.models import check_head, check_sampling, check_supported, common_vocabulary
-from harness.models import load_config, load_model, load_tokenizer
+from harness.cli import BIG
+from harness.data import check_fit, download_punkt, from_records, load_problems, refuse
+from harness.data import render_prompts, stop_ids
+from harness.models import check_head, check_sampling, check_supported, check_tokens
+from harness.models import common_vocabulary, load_config, load_model, load_tokenizer
 
 
 class StudentLogProbs(torch.nn.Module):
@@ -62,40 +61,61 @@ def student_and_teacher(args) -> dict[str, str]:
 def open_pair(args) -> tuple[dict, dict, int]:
     """What can be said of student and teacher without their weights: tokenizers and configs by
     flag, and the number of token ids that mean the same to both. ValueError if theirs differ."""
-    tokenizers, configs = {}, {}
+    tokenizers, configs, by_path, trust = {}, {}, {}, {"trust_remote_code": args.trust_remote_code}
     for flag, path in student_and_teacher(args).items():
-        tokenizers[flag] = load_tokenizer(path, trust_remote_code=args.trust_remote_code)
-        config = load_config(path, trust_remote_code=args.trust_remote_code)
-        configs[flag] = config.get_text_config(decoder=True)
+        try:
+            tokenizers[flag] = load_tokenizer(path, **trust)
+            by_path[path] = load_config(path, **trust)
+        except ValueError as error:
+            raise ValueError(f"{flag} {error}") from None
+        configs[flag] = by_path[path].get_text_config(decoder=True)
+    check_tokens(by_path, tokenizers["--student"])
     shared = common_vocabulary(*tokenizers.values())
     return tokenizers, configs, min(shared, *(c.vocab_size for c in configs.values()))
 
 
-def load_prompts(args, tokenizer, path: str | None, split: str, task="dial") -> tuple[list, list]:
+def load_prompts(args, tokenizer, path: str | None, split: str, task="dial", **more):
     """Problems of a file or of the toy world, and their prompts in the student's template, which
-    the teacher reads too: two templates would be two prompts."""
+    the teacher reads too: two templates would be two prompts. more: for `open_prompts`."""
     if path is not None:
-        problems = load_problems(path, require_answer=split == "test")
+        answered = {"require_answer": split == "test"}
+        problems = load_problems(path, **answered, skipped=more.get("skipped"))
     else:
         count, seed = (args.eval_count, 0) if split == "test" else (4096, args.seed)
         records = toy.problems(count, moves=args.difficulty, split=split, seed=seed, task=task)
         problems = from_records(records, where="toy")
     if split == "test":
         problems = problems[: args.eval_count]
-    return problems, render_prompts(tokenizer, problems, thinking=args.thinking)
+    return open_prompts(args, tokenizer, problems, **more)
 
 
-def check_prompts(tokenizer, configs, vocab_size: int, problems, prompts, max_new_tokens) -> None:
-    """ValueError that names the first problem whose prompt holds what the models do not share, or
-    does not fit them."""
-    for problem, prompt in zip(problems, prompts, strict=True):
-        if max(prompt) >= vocab_size:
-            raise ValueError(
-                f"{problem['where']}: the prompt holds {tokenizer.decode([max(prompt)])!r}, which "
-                f"is not among the {vocab_size} tokens that --student and --teacher share"
-            )
+def open_prompts(args, tokenizer, problems, configs=None, vocab_size=BIG, day=None, skipped=None):
+    """(problems, prompts) that all the models take; ValueError that names the first that is not.
+    skipped: a list that takes these errors instead."""
+    refused = None if skipped is None else {}
+    prompts = render_prompts(tokenizer, problems, thinking=args.thinking, day=day, refused=refused)
+    most = args.max_new_tokens
+    check_prompts(tokenizer, configs or {}, vocab_size, problems, prompts, most, refused)
+    if refused:
+        skipped += refused.values()
+        kept = [number for number in range(len(problems)) if number not in refused]
+        problems, prompts = ([items[number] for number in kept] for items in (problems, prompts))
+    if not problems:
+        raise ValueError(f"--skip-bad-problems leaves no problem; {skipped[0]}")
+    return problems, prompts
+
+
+def check_prompts(tokenizer, configs, vocab_size, problems, prompts, max_new_tokens, refused=None):
+    """ValueError that names the first problem whose prompt holds what the models (configs by any
+    name) do not share, or does not fit them. refused: as in `render_prompts`."""
+    found = {}
+    for number, prompt in enumerate(prompts):
+        if prompt is not None and max(prompt) >= vocab_size:
+            what = f"the prompt holds {tokenizer.decode([max(prompt)])!r}, which is not among the "
+            found[number] = what + f"{vocab_size} tokens that --student and --teacher share"
+    refuse(problems, found, refused)
     for config in configs.values():
-        check_fit(config, problems, prompts, max_new_tokens)
+        check_fit(config, problems, prompts, max_new_tokens, refused)
 
 
 def open_splitter(kind: str) -> tuple[object, str]:
@@ -110,11 +130,6 @@ def open_splitter(kind: str) -> tuple[object, str]:
         return teachability.sentence_splitter(kind)
     except LookupError as error:
         raise ValueError(f"--splitter {kind}: {error}") from None
-
-
-def fingerprint(prompts: dict, answers: list) -> str:
-    """SHA-256 of all prompts and answers: the same files under the same names."""
-    return hashlib.sha256(json.dumps([*prompts.values(), answers]).encode()).hexdigest()
 
 
 # -------------------------------------------------------------------------------------- weights

@@ -6,9 +6,13 @@ then ends the body, it writes down where the run stands and leaves with the righ
 
 import contextlib
 import dataclasses
+import hashlib
+import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
+from datetime import date, datetime
 from pathlib import Path
 
 import torch
@@ -17,9 +21,11 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import rollout
 import teachability
 from harness import checkpoint, flags, log, pair, signals
-from harness.cli import check_creatable
+from harness.claim import Claim
+from harness.cli import alike, first_line, process_numbers, tell
 from harness.data import pad_id
 from harness.machine import surroundings
 from harness.processes import Stopwatch, batch_order, gather_objects, my_share, row_generator
@@ -45,21 +51,43 @@ class Position:
     log_bytes: int = 0
     random: list[dict] = ()  # random numbers of every process
 
+    @classmethod
+    def of(cls, path: Path):
+        """That of a checkpoint; ValueError that names the file if it is none."""
+        facts = checkpoint.read_facts(path)
+        example = {"options": [], "scheduler": {}, "position": dataclasses.asdict(cls())}
+        if not alike(facts, example) or facts["position"]["step"] != checkpoint.step_of(path):
+            raise ValueError(f"{path}/facts.json: not the facts of that step of a run")
+        return cls(**facts["position"])
+
 
 class Run:
     """Everything that one process holds while it trains; harness/__init__.py lists what train.py
     uses of it. problems, prompts: by "train", "eval", "ood"."""
 
-    def __init__(self, args, origins, needs, rank: int, world: int):
-        """All checks that need no weights: tokenizers, problems, prompts, limits."""
+    overflow = 0.0  # NaN in a step whose sampling overflowed
+
+    def __init__(self, args, origins, needs, rank: int, world: int, day: str | None = None):
+        """All checks that need no weights: tokenizers, problems, prompts, limits. day: that of an
+        earlier start, which templates may print; by default today."""
         self.args, self.origins, self.needs = args, origins, needs
         self.rank, self.world = rank, world
-        tokenizers, configs, self.vocab_size = pair.open_pair(args)
+        tokenizers, self.configs, self.vocab_size = pair.open_pair(args)
         self.tokenizer = tokenizers["--student"]
         for name, count in needs.candidates.items():
             if count > self.vocab_size:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} {count} exceeds the vocabulary of {self.vocab_size}")
+        self.load_prompts(day or date.today().isoformat())
+        self.splitter, self.splitter_name = None, None
+        if needs.sentences:
+            self.splitter, self.splitter_name = pair.open_splitter(args.splitter)
+        self.pad_id, self.watch = pad_id(self.tokenizer), Stopwatch(args.device)
+        self.signals, self.position, self.log, self.bar = None, Position(), None, None
+
+    def load_prompts(self, day: str) -> None:
+        """Problems and prompts, of the date `day` if the template prints one."""
+        args, self.day, self.skipped = self.args, day, [] if self.args.skip_bad_problems else None
         toys = args.problems is None and args.eval_problems is None
         files = {"train": (args.problems, "train", "dial")}
         if args.eval_problems is not None or args.problems is None:
@@ -67,16 +95,11 @@ class Run:
         if args.ood_problems is not None or toys:
             files["ood"] = args.ood_problems, "test", "reverse"
         self.problems, self.prompts = {"eval": [], "ood": []}, {"train": [], "eval": [], "ood": []}
-        for name, how in files.items():
-            problems, self.prompts[name] = pair.load_prompts(args, self.tokenizer, *how)
-            pair.check_prompts(self.tokenizer, configs, self.vocab_size, problems,
-                               self.prompts[name], args.max_new_tokens)  # fmt: skip
-            self.problems[name] = problems
-        self.splitter, self.splitter_name = None, None
-        if needs.sentences:
-            self.splitter, self.splitter_name = pair.open_splitter(args.splitter)
-        self.pad_id, self.watch = pad_id(self.tokenizer), Stopwatch(args.device)
-        self.signals, self.position, self.log, self.bar = None, Position(), None, None
+        how = {"configs": self.configs, "vocab_size": self.vocab_size, "skipped": self.skipped,
+               "day": datetime.fromisoformat(day)}  # fmt: skip
+        for name, which in files.items():
+            self.problems[name], self.prompts[name] = pair.load_prompts(
+                args, self.tokenizer, *which, **how)
 
     # ------------------------------------------------------------------------ rows and processes
     def problems_of(self, step: int) -> tuple[list[int], range]:
@@ -104,6 +127,28 @@ class Run:
     def generator(self, stream: int, first_row: int = 0) -> torch.Generator:
         """Of the uniform numbers of a stream (steps: their number) from a row on."""
         return row_generator(self.args.seed, stream, first_row, self.args.max_new_tokens)
+
+    def skip_overflow(self, generate):
+        """`generate`, but where its logits overflow it returns the prompts alone, and `overflow` is
+        NaN instead of 0: the step changes no weight."""
+
+        def sample(model, prompts, **how):
+            self.overflow = 0.0
+            try:
+                return generate(model, prompts, **how)
+            except ValueError as error:
+                if signals.NONFINITE not in str(error):
+                    raise
+            self.overflow, longest = math.nan, max(map(len, prompts)) + 1
+            rows = [[*ids, *[how["pad_id"]] * (longest - len(ids))] for ids in prompts]
+            ids_BT = torch.tensor(rows, device=model.device)
+            column_T = torch.arange(longest, device=model.device)
+            mask_BT = column_T == torch.tensor([[len(ids)] for ids in prompts]).to(model.device)
+            zero_BT, topk_BTK = mask_BT * 0.0, ids_BT.new_zeros(*ids_BT.shape, how["top_k"])
+            return rollout.Rollout(ids_BT, mask_BT, zero_BT.masked_fill(mask_BT, math.nan),
+                                   zero_BT, topk_BTK, mask_BT.any(dim=1))  # fmt: skip
+
+        return sample
 
     def sum(self, values) -> list[float]:
         """Element-wise sum over all processes."""
@@ -215,63 +260,78 @@ class Run:
             "stop_ids": self.stop_ids,
             "sentence_splitter": self.splitter_name,
             "training_problems": len(self.prompts["train"]),
-            "prompts_sha256": self.fingerprint(),
+            "problems_sha256": self.fingerprint(),
+            "skipped_problems": len(self.skipped or ()),
+            "date": self.day,
             "evaluation_problems": len(self.prompts["eval"]),
             "ood_problems": len(self.prompts["ood"]),
             **surroundings(self.args.device),
         }
 
     def fingerprint(self) -> str:
-        """SHA-256 of all prompts and reference answers."""
-        problems = self.problems["eval"] + self.problems["ood"]
-        return pair.fingerprint(self.prompts, [problem["answer"] for problem in problems])
+        """SHA-256 of all problems and of the chat template, which are the same on every day."""
+        content = [[[problem["messages"], problem["answer"]] for problem in self.problems[name]]
+                   for name in self.prompts]  # fmt: skip
+        text = json.dumps([content, self.tokenizer.chat_template])
+        return hashlib.sha256(text.encode()).hexdigest()
 
-    def find_resume(self, out: Path):
-        """Whether there is a run to go on with in `out`, and from which checkpoint (or None).
-        ValueError: that run has other flags or other prompts, or is beyond --steps."""
-        config = checkpoint.read_config(out) if self.args.resume else None
+    def find_resume(self, out: Path, config: dict | None):
+        """What `begin_folder` goes on from, (config, checkpoint or None, torn ones); None: nothing.
+        ValueError: that run has other flags or other problems, or is beyond --steps."""
         if config is None:
-            return False, None
+            return None
+        if config.get("problems_sha256") is None:
+            raise ValueError(f"--resume: {out} is a run of an earlier version, which did not write "
+                             "down what its problems were; start another")  # fmt: skip
         changed = checkpoint.changed_flags(config, vars(self.args), flags.MAY_CHANGE)
         if changed:
             raise ValueError(f"--resume: {out} is a run with other flags: {'; '.join(changed)}")
-        if config.get("prompts_sha256") != self.fingerprint():
-            raise ValueError(f"--resume: {out} is a run on other problems: the files have changed")
-        path = checkpoint.newest(out)
+        if config["problems_sha256"] != self.fingerprint():
+            raise ValueError(f"--resume: {out} is a run on other problems: files or chat template "
+                             "have changed")  # fmt: skip
+        path, torn = checkpoint.survey(out)
         if path is not None and checkpoint.step_of(path) > self.args.steps:
             raise ValueError(f"--steps {self.args.steps}: {path} is of a later step")
-        log.check_log(out, checkpoint.read_facts(path)["position"]["log_bytes"] if path else 0)
-        return True, path
+        log.read_log(out, Position.of(path).log_bytes if path else 0)
+        return config, path, torn
 
     def restore(self, path: Path) -> None:
         """Put the checkpoint in that folder back. ValueError: it is of another student."""
-        found = checkpoint.read(path)
-        self.position = Position(**found.facts["position"])
-        checkpoint.restore(found, self.model, self.optimizer, self.scheduler)
-        if self.rank < len(self.position.random):
-            checkpoint.set_random_state(self.position.random[self.rank])
+        self.position = Position.of(path)
+        try:
+            found = checkpoint.read(path)
+            checkpoint.restore(found, self.model, self.optimizer, self.scheduler)
+            if self.rank < len(self.position.random):
+                checkpoint.set_random_state(self.position.random[self.rank])
+        except Exception as error:  # whatever the libraries make of it
+            raise ValueError(f"{path}: {first_line(error)}") from error
 
-    def begin_folder(self, out: Path, resumes: bool, path: Path | None) -> None:
-        """Write the config of a new run, or into the one of an old run where it goes on. What may
-        make that differ from an uninterrupted run is said on stderr."""
-        now = self.describe()
-        if not resumes:
-            checkpoint.make_folder(out)
-            checkpoint.write_json(out / "config.json", now)
+    def begin_folder(self, claim: Claim, resume) -> None:
+        """Write the config of a new run, or into the one of an old run where it goes on: only here
+        is anything in the folder moved or written. What may make that differ from an uninterrupted
+        run is said on stderr."""
+        now, say = self.describe(), lambda text: tell("train.py", text)
+        if self.skipped:
+            say(f"--skip-bad-problems leaves out {len(self.skipped)}; {self.skipped[0]}")
+        if resume is None:
+            claim.begin()
+            checkpoint.write_json(claim.out / "config.json", now)
             return
-        checkpoint.forget_faults(out)
-        config = checkpoint.read_config(out)
+        claim.check()
+        config, path, torn = resume
+        checkpoint.set_aside(claim.out, torn)
+        checkpoint.forget_faults(claim.out)
         resumed = {"step": self.position.step}
         for name in ("commit", "device", "processes", "threads", "versions", "started"):
             resumed[name] = now[name]
             if config.get(name) != now[name] and name != "started":
-                print(f"train.py: --resume: {name} {config.get(name)}, now {now[name]}: the run "
-                      "may go on otherwise than it would have", file=sys.stderr)  # fmt: skip
+                say(f"--resume: {name} {config.get(name)!s:.200}, now {now[name]}: the run may go "
+                    "on otherwise than it would have")  # fmt: skip
         config["resumed"] = [*config.get("resumed", []), resumed]
         changed = {"flags": now["flags"], "origins": now["origins"]}
-        checkpoint.write_json(out / "config.json", config | changed)
-        where = f"from {path}" if path else f"{out} from the beginning, it has no whole checkpoint"
-        print(f"train.py: resuming {where}", file=sys.stderr)
+        checkpoint.write_json(claim.out / "config.json", config | changed)
+        where = f"from {path}" if path else "from the beginning, it has no whole checkpoint"
+        say(f"resuming {where}" if path else f"resuming {claim.out} {where}")
 
     def write_checkpoint(self) -> None:
         """Rank 0 writes down where the run stands."""
@@ -312,10 +372,10 @@ def start(argv, tables, methods, presets, needs):
     if args.threads:
         torch.set_num_threads(args.threads)
     out, code, begun, run = Path(args.out), 0, None, None
-    with signals.Interruptions() as interruptions:
+    with signals.Interruptions() as interruptions, Claim(out) as claim:
         try:
             try:
-                run = open_run(args, origins, needs, interruptions)
+                run = open_run(args, origins, needs, interruptions, claim)
             except ValueError as error:
                 parser.error(str(error))
             begun = out  # before, an older run may lie there
@@ -339,32 +399,36 @@ def start(argv, tables, methods, presets, needs):
         sys.exit(code)
 
 
-def open_run(args, origins, needs, interruptions) -> Run:
+def open_run(args, origins, needs, interruptions, claim) -> Run:
     """Every check that needs no weights; then the processes meet and hear of each other's errors;
     then weights, the checkpoint to go on from, the run folder. ValueError: bad input."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    out, run, resume, error = Path(args.out), None, None, None
+    rank, world = process_numbers()
+    out, run, resume, error, config = claim.out, None, None, None, None
     try:
         wanted = needs(args)
-        if rank == 0:  # alone: another rank's probe in an empty folder would look like a file
-            check_creatable("--out", out)
+        if rank == 0:
+            claim.take()
             checkpoint.check_folder(out, args.resume)
-        run = Run(args, origins, wanted, rank, world)
-        resume = run.find_resume(out) if rank == 0 else None
+            config = checkpoint.read_config(out) if args.resume else None
+        run = Run(args, origins, wanted, rank, world, config and config.get("date"))
+        resume = run.find_resume(out, config) if rank == 0 else None
     except (ValueError, OSError) as caught:  # the latter of a folder that may not be looked into
         error = caught
     device = start_processes(args, world) if world > 1 or error is None else None
 
-    def raise_it():
-        raise error
+    def agree():
+        if error is not None:
+            raise error
 
-    raise_on_all_ranks(raise_it if error else bool)
+    raise_on_all_ranks(agree)
+    if run.day != (day := gather_objects(run.day)[0]):  # of a resumed run, or midnight has passed
+        run.load_prompts(day)
     run.signals = interruptions
     raise_on_all_ranks(lambda: pair.load_models(run, device))
-    resumes, path = gather_objects(resume)[0]  # the folder is shared, but rank 0 alone looked
-    if path is not None:
-        raise_on_all_ranks(lambda: run.restore(path))
-    raise_on_all_ranks(lambda: run.begin_folder(out, resumes, path) if rank == 0 else None)
+    resume = gather_objects(resume)[0]  # the folder is shared, but rank 0 alone looked
+    if resume is not None and resume[1] is not None:
+        raise_on_all_ranks(lambda: run.restore(resume[1]))
+    raise_on_all_ranks(lambda: run.begin_folder(claim, resume) if rank == 0 else None)
     if rank == 0:  # bad input is one line, so not before
         flags.say("train.py", args, origins)
     if world > 1:

@@ -1,5 +1,6 @@
 """Signals that end a run, and what is said when it ends before its time."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from harness import checkpoint
+from harness.cli import complain
+
+NONFINITE = "non-finite logits while sampling"  # what rollout.generate says
 
 
 class Stop(BaseException):
@@ -21,6 +25,26 @@ class Stop(BaseException):
         self.exit_code = 0 if number == signal.SIGTERM else 128 + number
 
 
+class Stream:
+    """A stream whose errors end nothing: what a full disk or a reader that has gone does not take
+    is lost, with all that follows."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        """Write, or lose, a text."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 STOPS = {"SIGTERM", "SIGINT", "SIGHUP"} & {number.name for number in signal.Signals}
 
 
@@ -30,15 +54,17 @@ class Interruptions:
 
     The first signal counts; what comes after it is ignored, so that a checkpoint can be written in
     peace (SIGQUIT and SIGKILL still end everything at once). A signal that was ignored when the
-    program began, as Ctrl-C is in a background job and SIGHUP behind nohup, stays ignored. A
-    context manager: on leaving, handlers are what they were. Outside the main thread it does
-    nothing.
+    program began, as Ctrl-C is in a background job and SIGHUP behind nohup, stays ignored. Neither
+    does a terminal that has gone end the program. A context manager: on leaving, handlers are what
+    they were. Outside the main thread no signal is handled.
     """
 
     def __init__(self):
         self.number, self.held, self.before = None, False, {}
+        self.streams = [Stream(sys.stdout), Stream(sys.stderr)]
 
     def __enter__(self):
+        sys.stdout, sys.stderr = self.streams
         if threading.current_thread() is threading.main_thread():
             for number in (signal.Signals[name] for name in STOPS):
                 if signal.getsignal(number) != signal.SIG_IGN:
@@ -48,6 +74,7 @@ class Interruptions:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        sys.stdout, sys.stderr = (stream.stream for stream in self.streams)
 
     def _arrived(self, number, _frame):
         if self.number is None:
@@ -92,7 +119,8 @@ def end_with_error(out: Path | None, error: Exception) -> int:
         first = checkpoint.first_fault(out, text) if out else text
         if first != text:
             text, lost = f"rank {rank} ends because of {first}", True
-    if not lost and not isinstance(error, FloatingPointError | OSError):
+    if not lost and not isinstance(error, FloatingPointError | OSError) and NONFINITE not in text:
         traceback.print_exception(error)
-    print(f"\ntrain.py: error: {text}", file=sys.stderr, flush=True)
+    print(file=sys.stderr)  # below a bar
+    complain("train.py", text)
     return 1
