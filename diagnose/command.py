@@ -1,6 +1,7 @@
 """The command `python -m diagnose`: its flags, what can fail without the weights, the run."""
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +184,7 @@ def run(args) -> dict:
     """Measure as told, write the report, and return it."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    with harness.Claim(args.out) as claim:
+    with contextlib.closing(harness.Claim(args.out)) as claim:
         claim.take()
         check_out(args.out)
         return measure(args, prepare(args), claim)

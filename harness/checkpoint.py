@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from harness.cli import alike, open_regular, printable, read_json
+from harness.cli import alike, open_regular, read_json
 
 KEPT = 2  # checkpoints: the newest, and the one before in case that is torn
 INSIDE = ("config.json", "log.jsonl", "log.dropped.jsonl", "checkpoints", "student", "faults")
@@ -81,25 +81,15 @@ def read_config(out: Path) -> dict | None:
     path = Path(out) / "config.json"
     try:
         config = read_json(path)
-        json.dumps(config, indent=2)  # not too deep to be written again
     except FileNotFoundError:
         return None
-    except RecursionError:
-        raise ValueError(f"{path}: is nested too deep") from None
-    checks = {
-        "flags": lambda value: isinstance(value, dict) and not any(
-            isinstance(part, list | dict) for part in value.values()),
-        "resumed": lambda value: value is None or alike(value, []),
-        "date": lambda value: value is None or date.fromisoformat(value),
-    }  # fmt: skip
-    for key, check in checks.items():
-        try:
-            is_right = isinstance(config, dict) and check(config.get(key))
-        except (TypeError, ValueError):
-            is_right = False
-        if not is_right:
-            raise ValueError(f"{path}: is not a run's config: {key!r} is odd")
-    return config
+    with contextlib.suppress(LookupError, RecursionError, TypeError, ValueError):
+        known = {"resumed": [], "date": "1970-01-01"} | config
+        json.dumps(known, indent=2)  # not too deep to be written again
+        date.fromisoformat(known["date"])
+        if alike(known["flags"], {}) and alike(known["resumed"], []):
+            return config
+    raise ValueError(f"{path}: is not a run's config")
 
 
 def changed_flags(config: dict, flags: dict, may_change=()) -> list[str]:
@@ -110,7 +100,7 @@ def changed_flags(config: dict, flags: dict, may_change=()) -> list[str]:
     """
     then, now = config["flags"], json.loads(json.dumps(flags))
     names = [k for k in then | now if k not in may_change and then.get(k) != now.get(k)]
-    return [f"--{k.replace('_', '-')} {then.get(k)!s:.60}, now {now.get(k)}" for k in names[:9]]
+    return [f"--{k.replace('_', '-')} {then.get(k)!s:.60}, now {now.get(k)}" for k in names]
 
 
 def write_fault(out: Path, name: str, tensors: dict) -> Path:
@@ -145,15 +135,15 @@ def forget_faults(out: Path) -> None:
 
 def replace_folder(out: Path, name: str, fill) -> None:
     """Have `fill(folder)` write a folder, then put it in the place of <out>/<name>. OSError: it
-    cannot be written; what was there still is."""
+    cannot be written; what was there still is, and nothing half-written."""
     target, partial, old = out / name, out / f"{name}.partial", out / f"{name}.old.partial"
-    with name_the_path(target):
+    with name_the_path(target, partial):
         _remove(partial)
         _remove(old)
         fill(partial)
-        for path in partial.iterdir():
+        for path in [*partial.iterdir(), partial]:
             _flush(path)
-        if target.exists():
+        if os.path.lexists(target):
             target.rename(old)
         partial.rename(target)
         _flush(out)
@@ -178,54 +168,46 @@ def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> 
     """
     folder = Path(out) / "checkpoints"
     target = folder / f"step-{step:08d}"
-    partial = target.with_name(target.name + ".partial")
-    with name_the_path(target, partial):
+
+    def fill(partial):
+        partial.mkdir()
+        for name, tensors in groups.items():
+            save_file(tensors, partial / f"{name}.safetensors")
+        (partial / "facts.json").write_text(json.dumps(facts))
+        sums = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        (partial / "checksums.json").write_text(json.dumps(sums, indent=1))
+
+    with name_the_path(target):
         folder.mkdir(exist_ok=True)
         if target.is_symlink() or not target.exists() or what_is_torn(target):
             _clean(folder)
-            partial.mkdir()
-            for name, tensors in groups.items():
-                save_file(tensors, partial / f"{name}.safetensors")
-            (partial / "facts.json").write_text(json.dumps(facts))
-            sums = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-            (partial / "checksums.json").write_text(json.dumps(sums, indent=1))
-            for path in partial.iterdir():
-                _flush(path)
-            _flush(partial)
-            _remove(target)
-            partial.rename(target)
-            _flush(folder)
+            replace_folder(folder, target.name, fill)
         for old in _steps(folder)[:-keep]:
             _remove(old)
     return target
 
 
-def survey(out: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole checkpoint, None without one; torn ones that are newer, and why. Reads only,
-    and warns."""
-    torn = {}
+def survey(out: Path) -> tuple[Path | None, list[Path]]:
+    """The newest whole checkpoint, None without one; and torn ones that are newer, which are warned
+    of. Reads only."""
+    torn = []
     for path in reversed(_steps(Path(out) / "checkpoints")):
         if not (why := what_is_torn(path)):
             return path, torn
-        torn[path] = why
-        what = printable(f"{path} is torn ({why}): looking at the one before")
-        warnings.warn(what, stacklevel=2)
+        torn.append(path)
+        warnings.warn(f"{path} is torn ({why!a}): looking at the one before", stacklevel=2)
     return None, torn
 
 
-def set_aside(out: Path, torn) -> None:
-    """Rename torn checkpoints to `<name>.torn`; delete what an interrupted `write` left."""
+def newest(out: Path, found=None) -> Path | None:
+    """The newest whole checkpoint; torn ones that are newer are renamed to `<name>.torn`, and what
+    an interrupted `write` left is deleted. found: what `survey` said, if it has been asked."""
     _clean(Path(out) / "checkpoints")
-    for path in torn:
-        aside = path.with_name(path.name + ".torn")
+    path, torn = found or survey(out)
+    for one in torn:
+        aside = one.with_name(one.name + ".torn")
         _remove(aside)
-        path.rename(aside)
-
-
-def newest(out: Path) -> Path | None:
-    """The newest whole checkpoint, with torn ones out of the way."""
-    path, torn = survey(out)
-    set_aside(out, torn)
+        one.rename(aside)
     return path
 
 

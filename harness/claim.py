@@ -4,7 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from harness.cli import check_creatable, name_the_flag
+from harness.cli import check_creatable
 
 try:
     import fcntl
@@ -19,74 +19,55 @@ def lock(file) -> None:
 
 
 class Claim:
-    """One process's right to write a folder. A context manager: on leaving it is given up, and
-    folders that it has made are gone if they are still empty.
+    """The right to write a folder, from `take` to `close`.
 
-    The lock is on the folder itself, so that no file is left over, and ends with the process. Where
-    no folder can be locked (Windows, some network disks) only the log is.
+    The lock is on the folder itself: it leaves no file, and ends with the process. Where folders
+    cannot be locked (Windows, some network disks) only the log of a run is.
     """
 
     def __init__(self, out: Path):
         self.out, self.made, self.handle = Path(out), [], None
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for folder in reversed(self.made):
-            with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
-        self._hold(None)
-
     def take(self) -> None:
-        """Make the folder if need be, and lock it; nothing in it is looked at before. ValueError:
-        another process has it, or it cannot be written."""
-        if not self.out.exists():
+        """Make the folder if need be, and lock it, before anything in it is looked at. ValueError:
+        another process has it. OSError: it cannot be written."""
+        if not self.out.is_dir():
             check_creatable("--out", self.out)
-        with name_the_flag("--out", self.out):
-            missing = [p for p in (self.out, *self.out.parents) if not os.path.lexists(p)]
-            for folder in reversed(missing):
-                folder.mkdir(exist_ok=True)
-                self.made.append(folder)
-            self.out.mkdir(exist_ok=True)  # an error if a file is there
-        try:
-            self._hold(self._lock(self.out))
-        except FileNotFoundError:  # who had made it has just removed it
-            return self.take()
+        self.made = [path for path in (self.out, *self.out.parents) if not path.exists()]
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.handle = self._lock(self.out)
         check_creatable("--out", self.out)
         self.check()
 
     def check(self) -> None:
         """ValueError if another folder has come in the place of the one that is locked."""
-        with contextlib.suppress(FileNotFoundError):
-            if self.handle is None or os.path.samestat(os.fstat(self.handle), os.stat(self.out)):
-                return
-        raise self._refusal()
+        if self.handle and not os.path.samestat(os.fstat(self.handle), os.stat(self.out)):
+            raise self._refusal()
 
     def begin(self) -> None:
-        """Have the folder empty.  An earlier run in it is moved to <out>.1, <out>.2, ..."""
+        """Have an empty folder: an earlier run in it is moved to <out>.1, <out>.2, ..."""
         self.check()
-        if all(path.name.endswith(".partial") for path in self.out.iterdir()):
-            return
-        out = Path(os.path.abspath(self.out))  # "." has no name
-        fresh, number = out.with_name(f"{out.name}.partial"), 1
-        fresh.mkdir(exist_ok=True)
-        handle = self._lock(fresh)  # before it has the name, so that nobody comes in between
-        while os.path.lexists(out.with_name(f"{out.name}.{number}")):
-            number += 1
-        out.rename(out.with_name(f"{out.name}.{number}"))
-        fresh.rename(out)  # also over an empty folder that came meanwhile: `check` tells its owner
-        self._hold(handle)
+        if any(path.suffix != ".partial" for path in self.out.iterdir()):
+            out, number = Path(os.path.abspath(self.out)), 1  # "." has no name
+            while os.path.lexists(out.with_name(f"{out.name}.{number}")):
+                number += 1
+            fresh, before = out.with_name(f"{out.name}.partial"), self.handle
+            fresh.mkdir(exist_ok=True)
+            self.handle = self._lock(fresh)  # before it gets its name
+            out.rename(out.with_name(f"{out.name}.{number}"))
+            fresh.rename(out)  # in the place of an empty one that came meanwhile, too: see `check`
+            if before:
+                os.close(before)
 
-    def _refusal(self):
-        return ValueError(f"--out {self.out}: another process is writing this run")
-
-    def _hold(self, handle) -> None:
-        if self.handle is not None:
+    def close(self) -> None:
+        """Give the folder up; what was made for it and is still empty goes."""
+        for path in self.made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        if self.handle:
             os.close(self.handle)
-        self.handle = handle
 
-    def _lock(self, folder: Path):
+    def _lock(self, folder: Path) -> int | None:
         if fcntl is None:
             return None
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -95,6 +76,9 @@ class Claim:
         except BlockingIOError:
             os.close(handle)
             raise self._refusal() from None
-        except OSError:  # of a disk that locks no folders
+        except OSError:  # this disk locks no folders
             pass
         return handle
+
+    def _refusal(self) -> ValueError:
+        return ValueError(f"--out {self.out}: another process is writing this run")

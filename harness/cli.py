@@ -56,58 +56,28 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Print the message on rank 0 and leave with exit code 2."""
-        try:
-            rank, _ = process_numbers()
-        except ValueError:
-            rank = 0
-        if rank == 0:
+        if os.environ.get("RANK", "0") == "0":
             complain(self.prog.split()[-1], message)  # of `python -m NAME` the name
         sys.exit(2)
 
 
-def process_numbers() -> tuple[int, int]:
-    """(rank, number of processes) as torchrun says; ValueError if they make no sense."""
-    found = {}
-    for name, low in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
-        text, high = os.environ.get(name, str(low)), found.get("WORLD_SIZE", MANY + 1) - 1
-        if not text.isdecimal() or not low <= int(text[:9]) <= high:
-            what = f"{name}={text!r:.60} in the environment"
-            raise ValueError(f"{what} is not a whole number from {low} to {high}")
-        found[name] = int(text)
-    return found["RANK"], found["WORLD_SIZE"]
-
-
-def printable(message) -> str:
-    """One line, whatever the message holds: nothing in it can steer a terminal."""
-    line = " ".join(str(message).split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-
-
 def tell(program: str, message) -> None:
-    """One line on stderr."""
-    print(f"{program}: {printable(message)}", file=sys.stderr, flush=True)
+    """One line on stderr, whatever the message holds: nothing in it can steer a terminal."""
+    line = " ".join(str(message).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"{program}: {line}", file=sys.stderr, flush=True)
 
 
 def complain(program: str, message) -> None:
-    """One line on stderr that says what is wrong."""
-    tell(program, f"error: {message}")
-
-
-@contextlib.contextmanager
-def name_the_flag(flag: str, path: Path):
-    """Errors of writing at `path` become a ValueError that names the flag."""
-    try:
-        yield
-    except (OSError, ValueError) as error:  # NUL is a ValueError
-        why = getattr(error, "strerror", None) or error
-        raise ValueError(f"{flag} {str(path):.200} cannot be written: {why}") from None
+    """The same of what is wrong."""
+    tell(f"{program}: error", message)
 
 
 def check_creatable(flag: str, path) -> None:
     """ValueError unless something could be created at `path`, which need not have a parent yet, or
     in the folder that is there; leaves no trace."""
     path = Path(path)
-    with name_the_flag(flag, path):
+    try:
         if any(len(os.fsencode(part)) > 255 for part in path.parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -115,6 +85,9 @@ def check_creatable(flag: str, path) -> None:
         parents = path.absolute().parents
         folder = next(folder for folder in (path, *parents) if os.path.lexists(folder))
         os.rmdir(tempfile.mkdtemp(dir=folder, suffix=".partial"))
+    except (OSError, ValueError) as error:  # NUL is a ValueError
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{flag} {str(path):.200} cannot be written: {why}") from None
 
 
 def check_new_file(flag: str, path: str) -> None:
@@ -138,61 +111,56 @@ def write_new_file(path: str, text: str) -> None:
 
 
 def open_regular(path):
-    """A regular file, to be read as bytes. OSError of anything else: a pipe may never end."""
+    """A file to be read as bytes; OSError of a pipe or a device, which may never end."""
     file = open(path, "rb", opener=lambda name, how: os.open(name, how | NONBLOCK))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(errno.EINVAL, "not a regular file")
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     return file
 
 
 def read_json(path):
-    """A JSON file. FileNotFoundError; ValueError, which begins with the path, of what is none."""
+    """A file of JSON. FileNotFoundError; else a ValueError that begins with the path."""
     try:
         with open_regular(path) as file:
-            data = file.read(MOST_BYTES + 1)
+            return parse_json(file.read(MOST_BYTES), path)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"{path}: longer than {MOST_BYTES} bytes")
-    return parse_json(data, path)
 
 
 def parse_json(data: bytes, where):
-    """A value of JSON; ValueError that begins with `where`. A key that comes twice is refused:
-    readers disagree about which one counts."""
+    """JSON; ValueError that begins with `where`, also of a key that comes twice: readers disagree
+    about which one counts."""
 
-    def as_object(pairs):
+    def unique(pairs):
         if len(found := dict(pairs)) < len(pairs):
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise ValueError(f"the key {twice!r:.60} comes twice")
         return found
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=as_object)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         kind = "not UTF-8" if isinstance(error, UnicodeError) else "malformed JSON"
         raise ValueError(f"{where}: {kind}: {error}") from error
 
 
 def alike(value, example) -> bool:
-    """Whether JSON is built as the example: the same keys, as many items (of an empty example any),
-    the same types, and of numbers none that is negative or above BIG.
+    """Whether JSON has the keys, lengths and types of an example, of which an empty list or object
+    stands for any; numbers are not negative, and at most BIG.
 
-    >>> alike({"a": [2, 0.5]}, {"a": [1, 1.0]}), alike([-1], [1]), alike([True], [1])
+    >>> alike({"a": [2, 5]}, {"a": [1, 1.0]}), alike([-1], [1]), alike([True], [1])
     (True, False, False)
     """
-    if isinstance(example, dict):
-        return isinstance(value, dict) and (
-            not example or value.keys() == example.keys()
-            and all(alike(value[key], example[key]) for key in example))  # fmt: skip
-    if isinstance(example, list | tuple):
-        return isinstance(value, list) and (
-            not example or len(value) == len(example) and all(map(alike, value, example)))
-    kinds = (int, float) if type(example) is float else (type(example),)
-    return type(value) in kinds and (type(value) not in (int, float) or 0 <= value <= BIG)
+    if isinstance(value, dict) and isinstance(example, dict) and example:
+        return value.keys() == example.keys() and all(alike(value[k], example[k]) for k in example)
+    if isinstance(value, list) and isinstance(example, list | tuple) and example:
+        return len(value) == len(example) and all(map(alike, value, example))
+    if type(value) in (int, float):
+        return type(example) in (type(value), float) and 0 <= value <= BIG
+    return type(value) is type(example) or isinstance(value, list) and example == ()
 
 
 def first_line(error):

@@ -17,14 +17,11 @@ import nltk
 from harness.cli import BIG, first_line, open_regular, parse_json
 
 LONGEST_LINE = 2**26  # bytes; a file of any size is read line by line
-# A template's own clock, on a given day
-FIXED_DAY = (
-    "{%- macro strftime_now(format) -%}{%- set found = namespace(text=format) -%}"
-    "{%- for part, text in fixed_day.items() -%}"
-    "{%- set found.text = found.text.replace(part, text) -%}"
-    "{%- endfor -%}{{ found.text }}{%- endmacro -%}"
-)
-DIRECTIVES = "aAbBcdDeFGHIjmMpRSTuUVwWxXyYzZ"
+# A template's clock that tells a fixed date, of these parts
+PARTS = [f"%{c}" for c in (*"aAbBcdDeFGHIjmMpRSTuUVwWxXyYzZ", "-d", "-m", "-H", "-I")]
+CLOCK = """{%- macro strftime_now(format) -%}{%- set told = namespace(text=format) -%}
+    {%- for part, text in clock.items() -%}{%- set told.text = told.text.replace(part, text) -%}
+    {%- endfor -%}{{ told.text }}{%- endmacro -%}"""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -107,28 +104,25 @@ def _check_text(value, what):
         raise ValueError(f"{what} holds half of a surrogate pair, which is not text")
 
 
-def render_prompts(tokenizer, problems, *, thinking=False, day=None, refused=None):
+def render_prompts(tokenizer, problems, *, thinking=False, day=None):
     """Token ids of every problem's prompt, up to where the model begins to answer: list of lists.
 
     Through the tokenizer's chat template, with `enable_thinking=thinking`. Without a template: the
     messages' contents, a blank line after each, and the tokenizer's special tokens but an EOS.
-    day: the date that the template prints if it asks for today's (a datetime; None: today's).
     ValueError, naming the problem, when its text holds a control token (`<|im_end|>` would end the
     user's turn; plain added tokens such as `<think>` pass) or becomes one next to the template's,
-    cannot be spelled by the tokenizer, is refused by the template, or renders to nothing. refused:
-    a dict that takes these errors by the problem's index instead; the prompt is None then.
+    cannot be spelled by the tokenizer, is refused by the template, or renders to nothing. day: a
+    date, which templates may print; by default they print today's.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
     # unk tells unknown text only where it is a token of its own
     shared = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     unknown = None if tokenizer.unk_token_id in shared else tokenizer.unk_token_id
-    special -= {unknown}
-    templated, how = tokenizer.chat_template is not None, {"enable_thinking": thinking}
-    if day is not None and templated and "strftime_now" in tokenizer.get_chat_template():
-        how |= {"chat_template": FIXED_DAY + tokenizer.get_chat_template(),
-                "fixed_day": {f"%{c}": day.strftime(f"%{c}") for c in DIRECTIVES}
-                | {"%-d": str(day.day), "%-m": str(day.month)}}  # fmt: skip
+    special.discard(unknown)
+    how, template = {"enable_thinking": thinking}, tokenizer.chat_template
+    if day is not None and isinstance(template, str) and "strftime_now" in template:
+        how |= {"chat_template": CLOCK + template, "clock": {c: day.strftime(c) for c in PARTS}}
 
     def insides(chats):  # what the tokenizer makes of the bare text decides, not a list of strings
         texts = [message["content"] for messages in chats for message in messages]
@@ -136,95 +130,73 @@ def render_prompts(tokenizer, problems, *, thinking=False, day=None, refused=Non
         return [[i for _ in messages for i in next(parts)] for messages in chats]
 
     def texts_of(chats):
-        if not templated:
+        if template is None:
             return ["".join(m["content"] + "\n\n" for m in messages) for messages in chats]
-        return tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=True, **how)
+        options = {"tokenize": False, "add_generation_prompt": True}
+        return tokenizer.apply_chat_template(chats, **options, **how)
 
     def whole(chats):
-        found = tokenizer(texts_of(chats), add_special_tokens=not templated)["input_ids"]
-        ends = () if templated else (tokenizer.eos_token_id,)
-        return [x[:-1] if x and x[-1] in ends else x for x in found]
+        found = tokenizer(texts_of(chats), add_special_tokens=template is None)["input_ids"]
+        end = tokenizer.eos_token_id if template is None else None
+        return [x[:-1] if x and x[-1] == end else x for x in found]
 
-    own = {}  # control tokens of the template itself, by the roles of the messages
+    def control(ids):
+        return Counter(i for i in ids if i in special)
 
-    def wrong(messages, inside, ids):
-        if found := [i for i in inside if i in special]:
-            return f"the text contains the control token {name_of(found[0])}"
+    chats, own = [problem["messages"] for problem in problems], {}
+    wheres = [problem["where"] for problem in problems]
+    inside, prompts = (_all_or_named(work, chats, wheres) for work in (insides, whole))
+    for where, messages, part, ids in zip(wheres, chats, inside, prompts, strict=True):
+        spelled = unknown in part and any(tokenizer.unk_token in m["content"] for m in messages)
+        if found := [*control(part), *[unknown] * spelled]:
+            token = tokenizer.convert_ids_to_tokens(found[0])
+            raise ValueError(f"{where}: the text contains the control token {token!r}")
         roles = tuple(message["role"] for message in messages)
-        if templated and roles not in own:
-            plain = [{"role": role, "content": "x"} for role in roles]
-            ids_of_x = _all_or_none(whole, [plain], {})[0] or []
-            own[roles] = Counter(i for i in ids_of_x if i in special)
-        if templated and (more := Counter(i for i in ids if i in special) - own[roles]):
-            return f"text and template make the control token {name_of(min(more))}"
+        if template is not None and roles not in own:  # the template's own ones
+            plain = [[{"role": role, "content": "x"} for role in roles]]
+            own[roles] = control(_all_or_named(whole, plain, [where])[0])
+        if template is not None and (more := control(ids) - own[roles]):
+            token = tokenizer.convert_ids_to_tokens(min(more))
+            raise ValueError(f"{where}: text and template make the control token {token!r}")
         if not ids:
-            return "the prompt renders to no tokens at all"
-        if unknown is not None and unknown in [*ids, *inside]:  # unless it is spelled out
-            if any(tokenizer.unk_token in message["content"] for message in messages):
-                return f"the text contains the control token {name_of(unknown)}"
-            spelled = texts_of([messages])[0].count(tokenizer.unk_token)  # by the template
-            if unknown in inside or ids.count(unknown) > spelled:
-                return "the tokenizer has no tokens for some of this prompt"
-        return ""
-
-    def name_of(i):
-        return repr(tokenizer.convert_ids_to_tokens(i))
-
-    chats, refused_here = [problem["messages"] for problem in problems], {}
-    inside, prompts = (_all_or_none(work, chats, refused_here) for work in (insides, whole))
-    for number, one in enumerate(zip(chats, inside, prompts, strict=True)):
-        if number not in refused_here and (why := wrong(*one)):
-            refused_here[number] = why
-    refuse(problems, refused_here, refused)
-    return [None if number in refused_here else ids for number, ids in enumerate(prompts)]
+            raise ValueError(f"{where}: the prompt renders to no tokens at all")
+        if unknown in ids and ids.count(unknown) > texts_of([messages])[0].count(tokenizer.unk_token):
+            raise ValueError(f"{where}: the tokenizer has no tokens for some of this prompt")
+    return prompts
 
 
-def refuse(problems, found: dict, refused: dict | None) -> None:
-    """ValueError that names the first problem of `found` (index: why); with a dict `refused`, they
-    are put there."""
-    named = {number: f"{problems[number]['where']}: {why}" for number, why in sorted(found.items())}
-    if refused is not None:
-        refused |= named
-    elif named:
-        raise ValueError(next(iter(named.values())))
-
-
-def _all_or_none(work, items, wrong: dict, size=1024, first=0):
-    """work(items), so many at a time. Where that raises, None, and why in `wrong` by index:
-    templates and tokenizers raise what they like."""
+def _all_or_named(work, items, wheres, size=1024):
+    """work(items), so many at a time. If that raises, a ValueError that names where the first item
+    stands with which it does: templates and tokenizers raise what they like."""
     found = []
-    for start in range(0, len(items), size):
-        some = items[start : start + size]
+    for first in range(0, len(items), size):
+        some = items[first : first + size], wheres[first : first + size]
         try:
-            found += work(some)
+            found += work(some[0])
         except Exception as error:
             if size > 1:
-                found += _all_or_none(work, some, wrong, 1, first + start)
-            else:
-                found.append(None)
-                wrong[first + start] = f"cannot be rendered as a prompt: {first_line(error)}"
+                _all_or_named(work, *some, size=1)
+            why = f"cannot be rendered as a prompt: {first_line(error)}"
+            raise ValueError(f"{wheres[first]}: {why}") from error
     return found
 
 
-def check_fit(config, problems, prompts, max_new_tokens, refused=None):
+def check_fit(config, problems, prompts, max_new_tokens):
     """ValueError naming the first problem whose prompt + max_new_tokens exceeds the context of a
-    model of that config, or whose ids exceed its vocabulary (model and tokenizer do not match).
-    refused: as in `render_prompts`."""
-    config, found = config.get_text_config(decoder=True), {}
+    model of that config, or whose ids exceed its vocabulary (model and tokenizer do not match)."""
+    config = config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or math.inf
-    for number, prompt in enumerate(prompts):
-        if prompt is not None and len(prompt) + max_new_tokens > limit:
-            found[number] = (
-                f"prompt of {len(prompt)} tokens + {max_new_tokens} new tokens (--max-new-tokens) "
-                f"exceed the model's context of {limit}"
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if len(prompt) + max_new_tokens > limit:
+            raise ValueError(
+                f"{problem['where']}: prompt of {len(prompt)} tokens + {max_new_tokens} new tokens "
+                f"(--max-new-tokens) exceed the model's context of {limit}"
             )
-        elif prompt is not None and max(prompt) >= config.vocab_size:
-            found[number] = (
-                f"token id {max(prompt)} is outside the model's vocabulary of "
+        if max(prompt) >= config.vocab_size:
+            raise ValueError(
+                f"{problem['where']}: token id {max(prompt)} is outside the model's vocabulary of "
                 f"{config.vocab_size}: tokenizer and model do not belong together"
             )
-    refuse(problems, found, refused)
 
 
 def stop_ids(*sources):

@@ -7,12 +7,13 @@ Whatever is wrong ends with exit code 2 and one line that names the flag.
 """
 
 import argparse
+import os
+import sys
 
 import torch
 
 import toy
-from harness.cli import BIG, MANY, MOST_THREADS, TINY, Parser, number, path_name
-from harness.cli import process_numbers, tell
+from harness.cli import BIG, MANY, MOST_THREADS, TINY, Parser, complain, number, path_name, tell
 
 ANY, COUNT, POSITIVE = (0, BIG), (1, MANY), (TINY, BIG)  # limits: [lowest, highest]
 SHARE = (1e-6, 1 - 1e-6)
@@ -160,10 +161,13 @@ def left_open(parser, args, origins) -> dict:
 
 def check_processes(parser, args) -> None:
     """Exit 2 unless what torchrun says of the processes makes sense with the flags."""
-    try:
-        _, world = process_numbers()
-    except ValueError as error:
-        parser.error(str(error))
+    world = 1
+    for name, least in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
+        text, most = os.environ.get(name, str(least)), MANY if name == "WORLD_SIZE" else world - 1
+        if not text.isdecimal() or not least <= int(text[:9]) <= most:
+            complain(parser.prog, f"{name}={text} in the environment is not in {least} to {most}")
+            sys.exit(2)  # whatever RANK says
+        world = int(text) if name == "WORLD_SIZE" else world
     if args.prompts_per_step * args.rollouts_per_prompt < world:
         parser.error(f"--prompts-per-step {args.prompts_per_step} is less than {world} processes")
     if args.ood_problems and args.problems and not args.eval_problems:

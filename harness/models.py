@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
 import rollout
-from harness.cli import first_line, read_json
+from harness.cli import alike, first_line, read_json
 from harness.data import pad_id, stop_ids
 
 SHARDS = {  # what an index of weights may name
@@ -47,9 +47,6 @@ def load_config(path, *, trust_remote_code=False):
     is_decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder:
         raise ValueError(f"{path}: {config.model_type} is an encoder, not causal: no causal LM")
-    if (config._attn_implementation or "sdpa") not in ("sdpa", "eager"):  # may be code of the hub
-        named = f"attention implementation {config._attn_implementation!r:.60}"
-        raise ValueError(f"{path}: config.json names the {named}; known are sdpa and eager")
     if not getattr(config.get_text_config(decoder=True), "vocab_size", 0) > 0:
         raise ValueError(f"{path}: {config.model_type} has no vocabulary: not a language model")
     for part in [config, *(getattr(config, name, None) for name in config.sub_configs)]:
@@ -62,40 +59,47 @@ def load_config(path, *, trust_remote_code=False):
 
 
 def check_weight_files(path, named=None) -> None:
-    """ValueError, before any is read, if weights would be no safetensors (of an index of `.bin`
-    files: something else) or lie outside the model's folder. named: a file that its config names.
-    """
+    """ValueError, before any is read, unless weights are safetensors in the model's folder (of an
+    index that --allow-bin needs: or `.bin` files). named: a file of weights in its config."""
     found = [] if named is None else [("config.json", named, (".safetensors",))]
     for index, kinds in SHARDS.items():
-        if (file := _file(path, index)) is not None:
+        if file := _file(path, index):
             content = read_json(file)
-            names = content.get("weight_map") if isinstance(content, dict) else None
-            if not isinstance(names, dict):
+            if not isinstance(content, dict) or not alike(content.get("weight_map"), {}):
                 raise ValueError(f"{path}: {index} has no weight_map")
-            found += [(index, name, kinds) for name in names.values()]
+            found += [(index, name, kinds) for name in content["weight_map"].values()]
     for where, name, kinds in found:
-        parts = name.replace("\\", "/").split("/") if isinstance(name, str) else [""]
-        if "" in parts or ".." in parts or not name.endswith(kinds):
-            what = f"{' or '.join(kinds)} files in the model's folder"
-            raise ValueError(f"{path}: {where} names {name!r:.60}; weights are {what}")
+        parts = str(name).replace("\\", "/").split("/")
+        if not str(name).endswith(kinds) or not {"", ".."}.isdisjoint(parts):
+            raise ValueError(f"{path}: {where} names {name!r:.60}, which is none of the "
+                             f"{' or '.join(kinds)} files in the model's folder")  # fmt: skip
 
 
 def check_tokens(configs: dict, tokenizer) -> None:
-    """ValueError, before any weights, if what pads and ends responses are no tokens of the models:
-    configs by path."""
-    sources, sizes, pad = [tokenizer], [], pad_id(tokenizer)
-    for path, config in configs.items():
-        sizes.append(config.get_text_config(decoder=True).vocab_size)
-        if not 0 <= pad < sizes[-1]:
-            raise ValueError(f"{path}: pad token {pad} is not among the model's {sizes[-1]} tokens")
-        has_one = _file(path, "generation_config.json") is not None
-        generation = _from_pretrained(GenerationConfig, path) if has_one else None
-        named = {"name_or_path": str(path), "config": config, "generation_config": generation}
-        sources.append(SimpleNamespace(**named))
-    *_, last = stops = stop_ids(*sources)
-    if stops[0] >= min(sizes) or last >= max(*sizes, len(tokenizer)):
-        where = f"the model's {min(sizes)} tokens"
-        raise ValueError(f"{', '.join(map(str, configs))}: stop token {last} is not among {where}")
+    """ValueError, before any weights, if what pads or ends a response is no token of the models,
+    whose configs these are, by path."""
+    sources, pad = [tokenizer], pad_id(tokenizer)
+    sizes = [config.get_text_config(decoder=True).vocab_size for config in configs.values()]
+    for (path, config), size in zip(configs.items(), sizes, strict=True):
+        if pad >= size:
+            raise ValueError(f"{path}: pad token {pad} is not among the model's {size} tokens")
+        known = {"name_or_path": str(path), "config": config, "generation_config": None}
+        if _file(path, "generation_config.json"):
+            known["generation_config"] = _from_pretrained(GenerationConfig, path)
+        sources.append(SimpleNamespace(**known))
+    stops, most = stop_ids(*sources), max(*sizes, len(tokenizer))
+    if stops[0] >= min(sizes) or stops[-1] >= most:
+        what = f"{', '.join(map(str, configs))}: stop token {stops[-1]} is not among the model's "
+        raise ValueError(what + f"{min(sizes)} tokens")
+
+
+def _file(path, name: str) -> str | None:
+    """Where a file of a model is, in its folder or that of the hub's cache; None if it has none."""
+    how = dict.fromkeys(["_raise_exceptions_for_missing_entries",
+                         "_raise_exceptions_for_connection_errors"], False)  # fmt: skip
+    folder = os.path.expanduser(path)
+    offline = not os.path.isdir(folder) and not _online()
+    return cached_file(folder, name, local_files_only=offline, **how)
 
 
 def load_model(path, *, dtype, device, trust_remote_code=False, allow_bin=False):
@@ -124,24 +128,7 @@ def load_model(path, *, dtype, device, trust_remote_code=False, allow_bin=False)
 
 
 def _from_pretrained(loader, path, **options):
-    what = loader.__name__.removeprefix("Auto")
-    name, more, hint = _place(path)
-    try:
-        return loader.from_pretrained(name, **options, **more)
-    except Exception as error:
-        raise ValueError(f"{path}: cannot load {what}: {hint}{first_line(error)}") from error
-
-
-def _file(path, name: str) -> str | None:
-    """Where a file of a model is, on the hub or in its folder; None if it has none."""
-    folder, options, _ = _place(path)
-    return cached_file(folder, name, _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False, **options)
-
-
-def _place(path) -> tuple[str, dict, str]:
-    """(name, options) for the library, of a folder or hub name, and how its errors begin."""
-    name, folder, hint, options = str(path), os.path.expanduser(path), "", {}
+    name, folder, hint = str(path), os.path.expanduser(path), ""
     if not os.path.isdir(folder):
         if os.path.exists(folder) or name.count("/") > 1 or name[:1] in ("/", ".", "~", ""):
             raise ValueError(f"{name!r:.200}: no such folder")
@@ -150,15 +137,16 @@ def _place(path) -> tuple[str, dict, str]:
         hint = "no such local folder; on the hub: "
         if options["local_files_only"]:
             hint = "no such local folder, not in the cache, and this machine is offline: "
-    else:
-        name = folder
-        if os.path.exists(os.path.join(folder, "adapter_config.json")):
-            raise ValueError(f"{path}: a LoRA adapter, no model: merge it into its base first "
-                             "(merge_and_unload of peft, then save_pretrained)")  # fmt: skip
-        for entry in os.scandir(folder):
-            if os.path.exists(entry) and not entry.is_file() and not entry.is_dir():
-                raise ValueError(f"{path}: {entry.name} is not a regular file")
-    return name, options, hint
+    elif os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise ValueError(f"{path}: a LoRA adapter, no whole model: merge it into its base first "
+                         "(merge_and_unload of peft, then save_pretrained)")  # fmt: skip
+    elif odd := [x.name for x in os.scandir(folder) if x.is_file() + x.is_dir() < os.path.exists(x)]:
+        raise ValueError(f"{path}: {odd[0]} is neither a file nor a folder")
+    try:
+        return loader.from_pretrained(name if hint else folder, **options)
+    except Exception as error:
+        what = loader.__name__.removeprefix("Auto")
+        raise ValueError(f"{name}: cannot load {what}: {hint}{first_line(error)}") from error
 
 
 @functools.cache

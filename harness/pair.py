@@ -6,43 +6,14 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 import fast.decode
-import fast.head
-import logprobs
 import teachability
 import toy
+from fast.student import StudentLogProbs
 from harness.cli import BIG
-from harness.data import check_fit, download_punkt, from_records, load_problems, refuse
+from harness.data import check_fit, download_punkt, from_records, load_problems
 from harness.data import render_prompts, stop_ids
 from harness.models import check_head, check_sampling, check_supported, check_tokens
 from harness.models import common_vocabulary, load_config, load_model, load_tokenizer
-
-
-class StudentLogProbs(torch.nn.Module):
-    """The student's forward as training needs it: ids in, log-probs or divergences out.
-
-    DDP hooks the forward of what it wraps, so backbone and chunked head must both be in here.
-    fast: whether the head is fast/head.py's, which computes the gradient in the same pass.
-    """
-
-    def __init__(self, model, args, vocab_size: int, teacher_head_VE=None):
-        super().__init__()
-        self.model, self.teacher_head_VE, self.fast = model, [teacher_head_VE], args.fast == "on"
-        self.divergence = {"kind": args.objective, "beta": args.jsd_beta}
-        self.how = {"vocab_size": vocab_size, "temperature": args.temperature}
-
-    def forward(self, ids_BT, mask_BT, candidates_BTK=None, *, teacher=None, scale_BT=None):
-        """Log-probs [B, T] of the tokens, or [B, T, K] of candidates in their places, nats at the
-        sampling temperature; with `teacher`, its hidden states, the divergence [B, T] from it. 0
-        outside `mask_BT`. scale_BT: what the loss will multiply the result by, if that is known."""
-        hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
-        head_VD = self.model.get_output_embeddings().weight
-        head, how = (fast.head, {"scale_BT": scale_BT}) if self.fast else (logprobs, {})
-        how |= self.how | {"mask_BT": mask_BT}
-        if teacher is not None:
-            teacher = teacher, self.teacher_head_VE[0]  # in a list: not a module's own parameter
-            return head.token_divergence(hidden_BTD, head_VD, *teacher, **self.divergence, **how)
-        how["candidates_BTK"] = candidates_BTK
-        return head.token_logprobs(hidden_BTD, head_VD, ids_BT, **how)
 
 
 # --------------------------------------------------------------------------- before any weights
@@ -90,32 +61,40 @@ def load_prompts(args, tokenizer, path: str | None, split: str, task="dial", **m
 
 
 def open_prompts(args, tokenizer, problems, configs=None, vocab_size=BIG, day=None, skipped=None):
-    """(problems, prompts) that all the models take; ValueError that names the first that is not.
-    skipped: a list that takes these errors instead."""
-    refused = None if skipped is None else {}
-    prompts = render_prompts(tokenizer, problems, thinking=args.thinking, day=day, refused=refused)
-    most = args.max_new_tokens
-    check_prompts(tokenizer, configs or {}, vocab_size, problems, prompts, most, refused)
-    if refused:
-        skipped += refused.values()
-        kept = [number for number in range(len(problems)) if number not in refused]
-        problems, prompts = ([items[number] for number in kept] for items in (problems, prompts))
-    if not problems:
+    """(problems, prompts) that all models take; ValueError naming the first that one does not take.
+    skipped: a list for these errors, if such problems are to be left out."""
+
+    def usable(some):
+        try:
+            prompts = render_prompts(tokenizer, some, thinking=args.thinking, day=day)
+            more = configs or {}, vocab_size, some, prompts, args.max_new_tokens
+            check_prompts(tokenizer, *more)
+            return list(zip(some, prompts, strict=True))
+        except ValueError as error:
+            if skipped is None:
+                raise
+            if len(some) == 1:
+                skipped.append(str(error))
+                return []
+        return usable(some[: len(some) // 2]) + usable(some[len(some) // 2 :])
+
+    found = usable(problems)
+    if not found:
         raise ValueError(f"--skip-bad-problems leaves no problem; {skipped[0]}")
-    return problems, prompts
+    return [problem for problem, _ in found], [prompt for _, prompt in found]
 
 
-def check_prompts(tokenizer, configs, vocab_size, problems, prompts, max_new_tokens, refused=None):
-    """ValueError that names the first problem whose prompt holds what the models (configs by any
-    name) do not share, or does not fit them. refused: as in `render_prompts`."""
-    found = {}
-    for number, prompt in enumerate(prompts):
-        if prompt is not None and max(prompt) >= vocab_size:
-            what = f"the prompt holds {tokenizer.decode([max(prompt)])!r}, which is not among the "
-            found[number] = what + f"{vocab_size} tokens that --student and --teacher share"
-    refuse(problems, found, refused)
+def check_prompts(tokenizer, configs, vocab_size: int, problems, prompts, max_new_tokens) -> None:
+    """ValueError that names the first problem whose prompt holds what the models do not share, or
+    does not fit them."""
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if max(prompt) >= vocab_size:
+            raise ValueError(
+                f"{problem['where']}: the prompt holds {tokenizer.decode([max(prompt)])!r}, which "
+                f"is not among the {vocab_size} tokens that --student and --teacher share"
+            )
     for config in configs.values():
-        check_fit(config, problems, prompts, max_new_tokens, refused)
+        check_fit(config, problems, prompts, max_new_tokens)
 
 
 def open_splitter(kind: str) -> tuple[object, str]:

@@ -21,11 +21,10 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import rollout
 import teachability
 from harness import checkpoint, flags, log, pair, signals
 from harness.claim import Claim
-from harness.cli import alike, first_line, process_numbers, tell
+from harness.cli import alike, first_line, tell
 from harness.data import pad_id
 from harness.machine import surroundings
 from harness.processes import Stopwatch, batch_order, gather_objects, my_share, row_generator
@@ -129,8 +128,8 @@ class Run:
         return row_generator(self.args.seed, stream, first_row, self.args.max_new_tokens)
 
     def skip_overflow(self, generate):
-        """`generate`, but where its logits overflow it returns the prompts alone, and `overflow` is
-        NaN instead of 0: the step changes no weight."""
+        """`generate`, but where its logits overflow each prompt gets one token of log-prob NaN, and
+        `overflow` is NaN instead of 0, so that the step changes no weight."""
 
         def sample(model, prompts, **how):
             self.overflow = 0.0
@@ -139,14 +138,11 @@ class Run:
             except ValueError as error:
                 if signals.NONFINITE not in str(error):
                     raise
-            self.overflow, longest = math.nan, max(map(len, prompts)) + 1
-            rows = [[*ids, *[how["pad_id"]] * (longest - len(ids))] for ids in prompts]
-            ids_BT = torch.tensor(rows, device=model.device)
-            column_T = torch.arange(longest, device=model.device)
-            mask_BT = column_T == torch.tensor([[len(ids)] for ids in prompts]).to(model.device)
-            zero_BT, topk_BTK = mask_BT * 0.0, ids_BT.new_zeros(*ids_BT.shape, how["top_k"])
-            return rollout.Rollout(ids_BT, mask_BT, zero_BT.masked_fill(mask_BT, math.nan),
-                                   zero_BT, topk_BTK, mask_BT.any(dim=1))  # fmt: skip
+            self.overflow, size = math.nan, (self.vocab_size,)
+            how["decode"] = lambda *_: lambda ids_S, *_: ids_S.new_zeros(ids_S.shape + size)
+            batch = generate(model, prompts, **how | {"max_new_tokens": 1})
+            batch.logp_BT[batch.response_mask_BT] = math.nan
+            return batch
 
         return sample
 
@@ -289,11 +285,11 @@ class Run:
         if config["problems_sha256"] != self.fingerprint():
             raise ValueError(f"--resume: {out} is a run on other problems: files or chat template "
                              "have changed")  # fmt: skip
-        path, torn = checkpoint.survey(out)
+        found = path, _ = checkpoint.survey(out)
         if path is not None and checkpoint.step_of(path) > self.args.steps:
             raise ValueError(f"--steps {self.args.steps}: {path} is of a later step")
         log.read_log(out, Position.of(path).log_bytes if path else 0)
-        return config, path, torn
+        return config, *found
 
     def restore(self, path: Path) -> None:
         """Put the checkpoint in that folder back. ValueError: it is of another student."""
@@ -319,7 +315,7 @@ class Run:
             return
         claim.check()
         config, path, torn = resume
-        checkpoint.set_aside(claim.out, torn)
+        checkpoint.newest(claim.out, (path, torn))
         checkpoint.forget_faults(claim.out)
         resumed = {"step": self.position.step}
         for name in ("commit", "device", "processes", "threads", "versions", "started"):
@@ -372,7 +368,7 @@ def start(argv, tables, methods, presets, needs):
     if args.threads:
         torch.set_num_threads(args.threads)
     out, code, begun, run = Path(args.out), 0, None, None
-    with signals.Interruptions() as interruptions, Claim(out) as claim:
+    with signals.Interruptions() as interruptions, contextlib.closing(Claim(out)) as claim:
         try:
             try:
                 run = open_run(args, origins, needs, interruptions, claim)
@@ -402,7 +398,7 @@ def start(argv, tables, methods, presets, needs):
 def open_run(args, origins, needs, interruptions, claim) -> Run:
     """Every check that needs no weights; then the processes meet and hear of each other's errors;
     then weights, the checkpoint to go on from, the run folder. ValueError: bad input."""
-    rank, world = process_numbers()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out, run, resume, error, config = claim.out, None, None, None, None
     try:
         wanted = needs(args)

@@ -88,7 +88,7 @@ def test_repeats_are_those_of_a_set(ids, n):
     assert found == (len(grams) - len(set(grams)), len(grams))
 
 
-@prop("train.update", "train.loss_of", "harness.StudentLogProbs", examples=15, seed=seeds,
+@prop("train.update", "train.loss_of", "fast.StudentLogProbs", examples=15, seed=seeds,
       prompts=prompts_of_ids, rows=st.integers(0, 3), tokens=st.integers(0, 30),
       objective=st.sampled_from(["pg", "rkl", "fkl", "jsd"]), updates=st.integers(1, 2),
       fast=st.sampled_from(["on", "off"]))
@@ -163,7 +163,7 @@ def test_no_run_is_ever_overwritten(kinds):
                 assert str(out) in str(error)
                 return
             assert not out.is_file() and (not held or "config.json" in held)
-            with harness.Claim(out) as claim:
+            with contextlib.closing(harness.Claim(out)) as claim:
                 claim.take()
                 claim.begin()
                 assert not any(out.iterdir())
