@@ -253,9 +253,7 @@ def run(args):
         for path in paths.values():
             toy.require(path)  # not all come with the repository
     opened = {name: _open_model(args, path, problems, skipped) for name, path in paths.items()}
-    if skipped:
-        what = f"leaves out {len(skipped)}; {skipped[0]}"
-        harness.tell("evaluate.py", f"--skip-bad-problems {what}")
+    harness.tell_skipped("evaluate.py", skipped)
     how = {"samples": args.samples, "max_new_tokens": args.max_new_tokens,
            "temperature": args.temperature, "batch_size": args.batch_size}  # fmt: skip
     result = {"settings": vars(args), **harness.surroundings(args.device), "models": {}}

@@ -141,9 +141,7 @@ def prepare(args) -> Job:
     problems, prompts = harness.open_prompts(args, tokenizer, problems, **how)
     if len(problems) < 2:
         raise ValueError(f"{args.problems}: one problem gives no errors; at least two are needed")
-    if skipped:
-        what = f"leaves out {len(skipped)}; {skipped[0]}"
-        harness.tell("diagnose", f"--skip-bad-problems {what}")
+    harness.tell_skipped("diagnose", skipped)
     splitter, splitter_name = harness.open_splitter(args.splitter)
     return Job(
         args=args, paths=paths, tokenizer=tokenizer, splitter=splitter, splitter_name=splitter_name,

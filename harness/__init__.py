@@ -27,14 +27,13 @@ and of the run:
 A signal (SIGTERM, Ctrl-C, SIGHUP) ends a run at once, in the middle of sampling too, except between
 the first change of a weight and the line in the log: there it waits, so that a checkpoint always
 belongs to the last line. Files: cli, flags, data, models, pair, processes, run, log, checkpoint,
-claim, signals, machine.
+signals, machine.
 """
 
 from fast.decode import decode as fast_decode
-from harness.checkpoint import write_json
-from harness.claim import Claim
+from harness.checkpoint import Claim, write_json
 from harness.cli import BIG, MANY, MOST_THREADS, TINY, Parser, check_creatable, check_new_file
-from harness.cli import complain, first_line, number, path_name, tell, write_new_file
+from harness.cli import complain, first_line, number, path_name, write_new_file
 from harness.data import check_fit, download_punkt, from_records, load_problems, pad_id
 from harness.data import render_prompts, stop_ids
 from harness.flags import ANY, COUNT, MACHINE, POSITIVE, SHARE, add_flags, defaults, left_open
@@ -43,7 +42,7 @@ from harness.machine import check_device, surroundings
 from harness.models import check_head, check_sampling, check_supported, check_tokens
 from harness.models import common_vocabulary, load_config, load_model, load_tokenizer
 from harness.pair import StudentLogProbs, check_prompts, open_pair, open_prompts, open_splitter
-from harness.pair import student_and_teacher
+from harness.pair import student_and_teacher, tell_skipped
 from harness.processes import CONTROL_STREAM, EVALUATION_STREAM, Stopwatch, batch_order
 from harness.processes import gather_objects, micro_batches, my_share, row_generator
 from harness.run import Needs, Run, start

@@ -1,20 +1,12 @@
-"""A run folder, and checkpoints from which a run goes on bit for bit, whatever ended it.
+"""A run folder (docs/runs.md says what it holds), and checkpoints from which a run goes on bit for
+bit, whatever ended it: checkpoints/step-00000020/{student,optimizer}.safetensors, facts.json and
+checksums.json.
 
-    runs/release-seed0/
-        config.json                every flag, what the numbers depend on, when it was resumed
-        log.jsonl                  one line per step or evaluation
-        log.dropped.jsonl          lines of steps that a resumed run does again
-        checkpoints/step-00000020/ student, optimizer (safetensors), facts.json, checksums.json
-        student/                   the result, in Hugging Face format
-        faults/                    what a run that failed left to look at
-
-Files and folders are written under another name (`.partial`), forced to the disk, then renamed:
-nothing is half there under its final name. A checkpoint whose SHA-256 sums do not agree is set
-aside (`.torn`), and the one before serves. What is not a tensor is JSON; nothing is unpickled. No
-name comes from what is read, and links in a run folder are refused: nothing outside is touched.
+Files and folders are written under another name (`.partial`), forced to the disk, then renamed. A
+checkpoint whose SHA-256 sums do not agree is set aside (`.torn`), and the one before serves. No name
+comes from what is read, and links are refused: nothing outside is touched.
 """
 
-import base64
 import contextlib
 import errno
 import hashlib
@@ -34,13 +26,84 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from harness.cli import alike, open_regular, read_json
+from harness.cli import check_creatable, open_regular, read_json
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two processes can write one run
+    fcntl = None
 
 KEPT = 2  # checkpoints: the newest, and the one before in case that is torn
+TAKEN = "--out {}: another process is writing this run"
 INSIDE = ("config.json", "log.jsonl", "log.dropped.jsonl", "checkpoints", "student", "faults")
 
 
-# ------------------------------------------------------------------------------------- the folder
+def lock(file) -> None:
+    """BlockingIOError if another process has it; the lock goes with the file or the process."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class Claim:
+    """The right to write a folder: a lock on the folder itself, which leaves no file and ends with
+    the process. Where that is not possible (Windows, some network disks) only the log has one."""
+
+    def __init__(self, out: Path):
+        self.out, self.made, self.handle = Path(out), [], None
+
+    def take(self) -> None:
+        """Make the folder if need be, and lock it. ValueError, OSError: somebody has it, it cannot
+        be written."""
+        if not self.out.is_dir():
+            check_creatable("--out", self.out)
+        self.made = [path for path in (self.out, *self.out.parents) if not path.exists()]
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.handle = self._lock(self.out)
+        check_creatable("--out", self.out)
+        self.check()
+
+    def check(self) -> None:
+        """ValueError if another folder has come in the place of the one that is locked."""
+        if self.handle and not os.path.samestat(os.fstat(self.handle), os.stat(self.out)):
+            raise ValueError(TAKEN.format(self.out))
+
+    def begin(self) -> None:
+        """Have an empty folder: an earlier run in it is moved to <out>.1, <out>.2, ..."""
+        self.check()
+        if any(path.suffix != ".partial" for path in self.out.iterdir()):
+            out, number = Path(os.path.abspath(self.out)), 1  # "." has no name
+            while os.path.lexists(out.with_name(f"{out.name}.{number}")):
+                number += 1
+            fresh, before = out.with_name(f"{out.name}.partial"), self.handle
+            fresh.mkdir(exist_ok=True)
+            self.handle = self._lock(fresh)  # before it gets its name
+            out.rename(out.with_name(f"{out.name}.{number}"))
+            fresh.rename(out)  # in the place of an empty one that came meanwhile, too: see `check`
+            if before:
+                os.close(before)
+
+    def close(self) -> None:
+        """Give the folder up; what was made for it and is still empty goes."""
+        for path in self.made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        if self.handle:
+            os.close(self.handle)
+
+    def _lock(self, folder: Path) -> int | None:
+        if fcntl is None:
+            return None
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            lock(handle)
+        except OSError as error:  # else this disk locks no folders
+            if isinstance(error, BlockingIOError):
+                os.close(handle)
+                raise ValueError(TAKEN.format(self.out)) from None
+        return handle
+
+
+
 def check_folder(out: Path, resume: bool = False) -> None:
     """ValueError unless `out` is a run, to be moved aside or resumed, or there is nothing yet."""
     out = Path(out)
@@ -49,10 +112,9 @@ def check_folder(out: Path, resume: bool = False) -> None:
     paths = out.iterdir() if out.exists() else ()
     names = [path.name for path in paths if not path.name.endswith(".partial")]
     if names and not (resume and "config.json" in names):  # a broken one is told by read_config
-        try:
+        is_run = False
+        with contextlib.suppress(ValueError):  # models have a config.json, too
             is_run = read_config(out) is not None
-        except ValueError:  # models have a config.json, too
-            is_run = False
         if not is_run:
             raise ValueError(f"--out {out} holds files that are not a run; name another folder")
     for name in INSIDE if resume else ():
@@ -87,7 +149,7 @@ def read_config(out: Path) -> dict | None:
         known = {"resumed": [], "date": "1970-01-01"} | config
         json.dumps(known, indent=2)  # not too deep to be written again
         date.fromisoformat(known["date"])
-        if alike(known["flags"], {}) and alike(known["resumed"], []):
+        if isinstance(known["flags"], dict) and isinstance(known["resumed"], list):
             return config
     raise ValueError(f"{path}: is not a run's config")
 
@@ -114,8 +176,7 @@ def write_fault(out: Path, name: str, tensors: dict) -> Path:
 
 
 def first_fault(out: Path, text: str) -> str:
-    """The error of the first process to report one; `text` if that is this one.  It stands in
-    faults/first.txt, which only one process can create."""
+    """The error of the first process to report one, in faults/first.txt: it may be `text`."""
     path = Path(out) / "faults" / "first.txt"
     try:
         path.parent.mkdir(exist_ok=True)
@@ -129,13 +190,12 @@ def first_fault(out: Path, text: str) -> str:
 
 
 def forget_faults(out: Path) -> None:
-    """A resumed run has not failed yet."""
     _remove(Path(out) / "faults" / "first.txt")
 
 
 def replace_folder(out: Path, name: str, fill) -> None:
     """Have `fill(folder)` write a folder, then put it in the place of <out>/<name>. OSError: it
-    cannot be written; what was there still is, and nothing half-written."""
+    cannot be written; what was there still is."""
     target, partial, old = out / name, out / f"{name}.partial", out / f"{name}.old.partial"
     with name_the_path(target, partial):
         _remove(partial)
@@ -150,7 +210,6 @@ def replace_folder(out: Path, name: str, fill) -> None:
         _remove(old)
 
 
-# -------------------------------------------------------------------------------- checkpoints
 @dataclass
 class Checkpoint:
     """What was read, as it was written."""
@@ -162,9 +221,8 @@ class Checkpoint:
 def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> Path:
     """Write a checkpoint, then delete all but the newest `keep` of them.
 
-    step: its number; a whole checkpoint of the same step is left as it is. groups: tensors, {file
-    name without suffix: {name: tensor}}. facts: whatever JSON can spell. Returns its folder.
-    OSError: it cannot be written; what there was remains, and nothing half-written does.
+    A whole checkpoint of the same step is left as it is. groups: tensors by name, by name of their
+    file. facts: JSON. Returns its folder. OSError: it cannot be written; what was there remains.
     """
     folder = Path(out) / "checkpoints"
     target = folder / f"step-{step:08d}"
@@ -188,8 +246,7 @@ def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> 
 
 
 def survey(out: Path) -> tuple[Path | None, list[Path]]:
-    """The newest whole checkpoint, None without one; and torn ones that are newer, which are warned
-    of. Reads only."""
+    """The newest whole checkpoint or None, and newer ones that are torn. Reads only, and warns."""
     torn = []
     for path in reversed(_steps(Path(out) / "checkpoints")):
         if not (why := what_is_torn(path)):
@@ -200,8 +257,8 @@ def survey(out: Path) -> tuple[Path | None, list[Path]]:
 
 
 def newest(out: Path, found=None) -> Path | None:
-    """The newest whole checkpoint; torn ones that are newer are renamed to `<name>.torn`, and what
-    an interrupted `write` left is deleted. found: what `survey` said, if it has been asked."""
+    """What `survey` finds, or has `found`; torn ones are renamed to `<name>.torn`, and what an
+    interrupted `write` left is deleted."""
     _clean(Path(out) / "checkpoints")
     path, torn = found or survey(out)
     for one in torn:
@@ -213,12 +270,10 @@ def newest(out: Path, found=None) -> Path | None:
 
 def last_written(out: Path) -> Path | None:
     """As `newest`, but unchecked, and so without reading it again."""
-    found = _steps(Path(out) / "checkpoints")
-    return found[-1] if found else None
+    return next(reversed(_steps(Path(out) / "checkpoints")), None)
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint, by the name of its folder."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -243,22 +298,17 @@ def what_is_torn(path: Path) -> str:
 def read(path: Path) -> Checkpoint:
     """Read a whole checkpoint (see `newest`) into CPU memory."""
     groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(groups, read_facts(path))
+    return Checkpoint(groups, read_json(path / "facts.json"))
 
 
-def read_facts(path: Path) -> dict:
-    """Only the facts of a whole checkpoint."""
-    return read_json(path / "facts.json")
-
-
-# ------------------------------------------------------------------------------- what is in one
 def capture(model, optimizer, scheduler=None) -> tuple[dict, dict]:
     """The (groups, facts) of a model, a torch optimizer and a scheduler, for `write`."""
     groups = {"student": _distinct(model.state_dict()), "optimizer": {}}
     for number, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             groups["optimizer"][f"{number}.{name}"] = torch.as_tensor(value).contiguous()
-    facts = {"options": [_options(group) for group in optimizer.param_groups]}
+    plain, groups_of = (int, float, tuple, type(None)), optimizer.param_groups
+    facts = {"options": [{k: v for k, v in g.items() if isinstance(v, plain)} for g in groups_of]}
     if scheduler is not None:
         facts["scheduler"] = scheduler.state_dict()
     return groups, facts
@@ -272,21 +322,18 @@ def restore(checkpoint: Checkpoint, model, optimizer, scheduler=None) -> None:
     if wanted != {name: tensor.shape for name, tensor in saved.items()}:
         odd = sorted(wanted.keys() ^ saved.keys()) or ["a shape"]
         raise ValueError(f"the checkpoint is of another student: {odd[0]}")
-    for name, example in json.loads(json.dumps(capture(model, optimizer, scheduler)[1])).items():
-        if not alike(checkpoint.facts.get(name), example):
-            raise ValueError(f"facts.json: {name} of another optimizer")
+    facts = json.loads(json.dumps(capture(model, optimizer, scheduler)[1]))
+    if _kinds({name: checkpoint.facts.get(name) for name in facts}) != _kinds(facts):
+        raise ValueError("facts.json: of another optimizer or schedule")
     with torch.no_grad():
         for name, tensor in saved.items():
             own[name].copy_(tensor)
-    states = {}
+    states, shapes = {}, [p.shape for group in optimizer.param_groups for p in group["params"]]
     for name, value in checkpoint.groups["optimizer"].items():
         number, key = name.split(".", 1)
         states.setdefault(int(number), {})[key] = value
-    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
-    for number, state in states.items():
-        right = {"step": torch.Size(), "exp_avg": shapes[number], "exp_avg_sq": shapes[number]}
-        if {name: value.shape for name, value in state.items()} != right:
-            raise ValueError(f"optimizer.safetensors: parameter {number} of another optimizer")
+        if value.shape != (() if key == "step" else shapes[int(number)]):
+            raise ValueError(f"optimizer.safetensors: {name} has another shape")
     structure = optimizer.state_dict()
     for group, options in zip(structure["param_groups"], checkpoint.facts["options"], strict=True):
         group |= {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
@@ -298,13 +345,10 @@ def restore(checkpoint: Checkpoint, model, optimizer, scheduler=None) -> None:
 def random_state() -> dict:
     """This process's random numbers, of torch (CPU and GPU), Python and numpy, for JSON."""
     kind, keys, *rest = np.random.get_state()
-    state = {
-        "torch": _text(torch.get_rng_state()),
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
-    }
+    state = {"torch": torch.get_rng_state().tolist(), "python": random.getstate()}
+    state["numpy"] = [kind, keys.tolist(), *rest]
     if torch.cuda.is_available():
-        state["cuda"] = _text(torch.cuda.get_rng_state())
+        state["cuda"] = torch.cuda.get_rng_state().tolist()
     return state
 
 
@@ -314,12 +358,11 @@ def set_random_state(state: dict) -> None:
     random.setstate((version, tuple(keys), gauss))
     kind, keys, at, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), range(len(keys) + 1)[at], *rest))
-    torch.set_rng_state(_bytes(state["torch"]))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
-# ------------------------------------------------------------------------------------ small pieces
 def _distinct(tensors: dict) -> dict:
     """Of tied weights the first name only; safetensors stores no tensor twice."""
     first = {}
@@ -328,17 +371,11 @@ def _distinct(tensors: dict) -> dict:
     return {name: tensors[name].detach().contiguous() for name in first.values()}
 
 
-def _options(group: dict) -> dict:
-    return {k: v for k, v in group.items() if isinstance(v, int | float | tuple | list | None)
-            and k != "params"}  # fmt: skip
-
-
-def _text(state: torch.Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()
-
-
-def _bytes(text: str) -> torch.Tensor:
-    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
+def _kinds(value):
+    """Of JSON everything but the values; whole numbers count as others."""
+    if isinstance(value, dict):
+        return {key: _kinds(item) for key, item in value.items()}
+    return [*map(_kinds, value)] if isinstance(value, list) else type(value) in (int, float) or value
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -366,18 +403,17 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def name_the_path(path: Path, partial: Path | None = None):
-    """Errors of writing become an OSError that names the path: those of an open file name none,
-    those of safetensors are no OSErrors.  What is half-written is removed."""
+    """Errors of writing, also of safetensors, become an OSError that names the path; what is
+    half-written is removed."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         if partial is not None:
             _remove(partial)
         quoted = re.search(r"os error (\d+)", str(error))  # safetensors' errors have no errno
-        number = int(quoted[1]) if quoted and int(quoted[1]) in errno.errorcode else None
-        number = error.errno if isinstance(error, OSError) else number
-        reason = os.strerror(number) if number else str(error)
-        raise OSError(number or 0, f"cannot be written: {reason}", str(path)) from error
+        number = getattr(error, "errno", None) or int(quoted[1] if quoted else 0)
+        reason = os.strerror(number) if number in errno.errorcode else str(error)
+        raise OSError(number, f"cannot be written: {reason}", str(path)) from error
 
 
 def _flush(path: Path) -> None:

@@ -147,22 +147,6 @@ def parse_json(data: bytes, where):
         raise ValueError(f"{where}: {kind}: {error}") from error
 
 
-def alike(value, example) -> bool:
-    """Whether JSON has the keys, lengths and types of an example, of which an empty list or object
-    stands for any; numbers are not negative, and at most BIG.
-
-    >>> alike({"a": [2, 5]}, {"a": [1, 1.0]}), alike([-1], [1]), alike([True], [1])
-    (True, False, False)
-    """
-    if isinstance(value, dict) and isinstance(example, dict) and example:
-        return value.keys() == example.keys() and all(alike(value[k], example[k]) for k in example)
-    if isinstance(value, list) and isinstance(example, list | tuple) and example:
-        return len(value) == len(example) and all(map(alike, value, example))
-    if type(value) in (int, float):
-        return type(example) in (type(value), float) and 0 <= value <= BIG
-    return type(value) is type(example) or isinstance(value, list) and example == ()
-
-
 def first_line(error):
     """First line of a message, for errors that come as a wall of text, and the next one where it
     ends in a colon."""

@@ -107,12 +107,12 @@ def _check_text(value, what):
 def render_prompts(tokenizer, problems, *, thinking=False, day=None):
     """Token ids of every problem's prompt, up to where the model begins to answer: list of lists.
 
-    Through the tokenizer's chat template, with `enable_thinking=thinking`. Without a template: the
-    messages' contents, a blank line after each, and the tokenizer's special tokens but an EOS.
+    Through the tokenizer's chat template, with `enable_thinking=thinking`, and the date `day` where
+    it prints one (default: today). Without a template: the messages' contents, a blank line after
+    each, and the tokenizer's special tokens but an EOS.
     ValueError, naming the problem, when its text holds a control token (`<|im_end|>` would end the
     user's turn; plain added tokens such as `<think>` pass) or becomes one next to the template's,
-    cannot be spelled by the tokenizer, is refused by the template, or renders to nothing. day: a
-    date, which templates may print; by default they print today's.
+    cannot be spelled by the tokenizer, is refused by the template, or renders to nothing.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
@@ -160,25 +160,22 @@ def render_prompts(tokenizer, problems, *, thinking=False, day=None):
             raise ValueError(f"{where}: text and template make the control token {token!r}")
         if not ids:
             raise ValueError(f"{where}: the prompt renders to no tokens at all")
-        if unknown in ids and ids.count(unknown) > texts_of([messages])[0].count(tokenizer.unk_token):
+        own_unknown = texts_of([messages])[0].count(tokenizer.unk_token) if unknown in ids else 0
+        if ids.count(unknown) > own_unknown:  # more than the template spells
             raise ValueError(f"{where}: the tokenizer has no tokens for some of this prompt")
     return prompts
 
 
-def _all_or_named(work, items, wheres, size=1024):
-    """work(items), so many at a time. If that raises, a ValueError that names where the first item
-    stands with which it does: templates and tokenizers raise what they like."""
-    found = []
-    for first in range(0, len(items), size):
-        some = items[first : first + size], wheres[first : first + size]
-        try:
-            found += work(some[0])
-        except Exception as error:
-            if size > 1:
-                _all_or_named(work, *some, size=1)
-            why = f"cannot be rendered as a prompt: {first_line(error)}"
-            raise ValueError(f"{wheres[first]}: {why}") from error
-    return found
+def _all_or_named(work, items, wheres):
+    """work(items). If that raises, a ValueError that names where the first item stands with which
+    it does: templates and tokenizers raise what they like."""
+    try:
+        return work(items)
+    except Exception as error:
+        for item, where in zip(items, wheres, strict=True) if len(items) > 1 else ():
+            _all_or_named(work, [item], [where])
+        why = f"cannot be rendered as a prompt: {first_line(error)}"
+        raise ValueError(f"{wheres[0]}: {why}") from error
 
 
 def check_fit(config, problems, prompts, max_new_tokens):
@@ -188,39 +185,36 @@ def check_fit(config, problems, prompts, max_new_tokens):
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     for problem, prompt in zip(problems, prompts, strict=True):
         if len(prompt) + max_new_tokens > limit:
-            raise ValueError(
-                f"{problem['where']}: prompt of {len(prompt)} tokens + {max_new_tokens} new tokens "
-                f"(--max-new-tokens) exceed the model's context of {limit}"
-            )
+            what = f"prompt of {len(prompt)} tokens + {max_new_tokens} new tokens"
+            what += f" (--max-new-tokens) exceed the model's context of {limit}"
+            raise ValueError(f"{problem['where']}: {what}")
         if max(prompt) >= config.vocab_size:
-            raise ValueError(
-                f"{problem['where']}: token id {max(prompt)} is outside the model's vocabulary of "
-                f"{config.vocab_size}: tokenizer and model do not belong together"
-            )
+            what = f"token id {max(prompt)} is outside the model's vocabulary"
+            raise ValueError(f"{problem['where']}: {what} of {config.vocab_size} tokens")
 
 
 def stop_ids(*sources):
     """Sorted ids that end a response, of all the models, configs and tokenizers given.
 
-    Teacher and student may disagree about EOS (base against chat checkpoints); a response that
-    misses one of the ids runs on to the limit. ValueError when no source has any.
+    Teacher and student may disagree about EOS (base against chat checkpoints). ValueError when no
+    source has any, or one is no id.
 
     >>> from types import SimpleNamespace as Has
     >>> stop_ids(Has(eos_token_id=[7, 3]), Has(eos_token_id=None), Has(eos_token_id=3))
     [3, 7]
     """
-    found, names = set(), [str(getattr(source, "name_or_path", "")) for source in sources]
-    for source, name in zip(sources, names, strict=True):
+    found, names = [], ", ".join(sorted({getattr(s, "name_or_path", "") for s in sources} - {""}))
+    for source in sources:
         for part in (source, *(getattr(source, k, None) for k in ("config", "generation_config"))):
             ids = getattr(part, "eos_token_id", None)
-            for one in [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]:
-                if type(one) is bool or not isinstance(one, numbers.Integral) or not 0 <= one < BIG:
-                    raise ValueError(f"{name}: stop token {one!r:.60} is not the id of a token")
-                found.add(one)
+            found += [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+    for one in found:
+        if isinstance(one, bool) or not isinstance(one, numbers.Integral) or not 0 <= one < BIG:
+            raise ValueError(f"{names}: stop token {one!r:.60} is not the id of a token")
     if not found:
         why = "neither the models' configs nor the tokenizer has an EOS"
-        raise ValueError(f"{', '.join(sorted({*names} - {''}))}: no stop token: {why}")
-    return sorted(found)
+        raise ValueError(f"{names}: no stop token: {why}")
+    return sorted({*found})
 
 
 def pad_id(tokenizer):
@@ -233,11 +227,8 @@ def pad_id(tokenizer):
 
 
 def download_punkt(seconds=60):
-    """Fetch the data of NLTK's pretrained sentence splitter, or give up in silence.
-
-    NLTK reports errors even when asked to be quiet, and may wait minutes for a server: hence the
-    buffer, and a thread that is left behind after so many seconds.
-    """
+    """Fetch the data of NLTK's pretrained sentence splitter, or give up in silence, after so many
+    seconds: NLTK reports errors even when asked to be quiet, and may wait minutes for a server."""
 
     def fetch():
         try:

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from harness.checkpoint import name_the_path
-from harness.claim import lock
-from harness.cli import alike, open_regular, parse_json
+from harness.checkpoint import lock, name_the_path
+from harness.cli import open_regular, parse_json
 
 FLAT = 1e-3  # a deviation of confidences that a 16-bit teacher cannot tell from 0
-EVALUATION = {name: 1.0 for name in ("accuracy", "accuracy_low", "accuracy_high")}
-EVALUATION |= {"samples": 1, "problems": 1}
+ACCURACY = ("step {step}: mean@{samples} {accuracy:.3f}, 95% interval {accuracy_low:.3f} to "
+            "{accuracy_high:.3f}, {problems} problems")  # fmt: skip
 
 
 def read_log(out: Path, keep: int) -> list[dict]:
@@ -34,11 +33,11 @@ def read_log(out: Path, keep: int) -> list[dict]:
     lines = []
     with open_regular(path) if keep else io.BytesIO() as file:
         for number, text in enumerate(file.read(keep).splitlines(keepends=True), 1):
-            line, where = parse_json(text, f"{path}:{number}"), f"{path}:{number}"
-            example = {"step": 1} | ({} if "loss" in line else EVALUATION)
-            if not alike({key: line.get(key) for key in example}, example) or text[-1:] != b"\n":
-                raise ValueError(f"{where}: not a line of a run")
-            lines.append(line)
+            lines.append(parse_json(text, f"{path}:{number}"))
+            try:
+                say_result(lines[-1:], lambda said: None)
+            except (AttributeError, LookupError, TypeError, ValueError):
+                raise ValueError(f"{path}:{number}: not a line of a run") from None
     return lines
 
 
@@ -71,12 +70,10 @@ class Log:
         return self.file.tell()
 
     def flush(self) -> None:
-        """Wait until everything is on the disk."""
         with name_the_path(self.path):
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
         with contextlib.suppress(OSError):  # of a line that `write` has complained about
             self.file.close()
 
@@ -126,18 +123,12 @@ def batch_sums(batch, scores, args) -> dict[str, float]:
     kept_share_B = keep_BT.sum(1) / mask_BT.sum(1)
     sums = {
         "reverse_kl": ((batch.logp_BT - scores.logp_BT) * mask_BT).sum(),
-        "rollouts": len(mask_BT),
-        "tokens": mask_BT.sum(),
-        "kept_tokens": keep_BT.sum(),
-        "entropy": batch.entropy_BT.sum(),
-        "truncated": batch.truncated_B.sum(),
-        "repeated": sum(repeated for repeated, _ in grams),
-        "grams": sum(count for _, count in grams),
-        "fired": released_B.sum(),
-        "release_at": kept_share_B[released_B].sum(),
-        "bic_gain": gain_B.sum(),
-        "bic_gain_over_6": (gain_B > 6).sum(),
-    }
+        "rollouts": len(mask_BT), "tokens": mask_BT.sum(), "kept_tokens": keep_BT.sum(),
+        "entropy": batch.entropy_BT.sum(), "truncated": batch.truncated_B.sum(),
+        "repeated": sum(repeated for repeated, _ in grams), "grams": sum(n for _, n in grams),
+        "fired": released_B.sum(), "release_at": kept_share_B[released_B].sum(),
+        "bic_gain": gain_B.sum(), "bic_gain_over_6": (gain_B > 6).sum(),
+    }  # fmt: skip
     quarter_BT = quarters(mask_BT)
     for quarter in range(4):
         here_BT = quarter_BT == quarter
@@ -162,36 +153,28 @@ def log_line(step, loss, norm, skipped, sums, seconds, args) -> dict:
         return sums[name] / count if count else None
 
     line = {
-        "step": step + 1,
-        "loss": loss,
-        "reverse_kl": sums["reverse_kl"] / tokens,
-        "entropy": sums["entropy"] / tokens,
+        "step": step + 1, "loss": loss,
+        "reverse_kl": sums["reverse_kl"] / tokens, "entropy": sums["entropy"] / tokens,
         "response_tokens": tokens / sums["rollouts"],
         "truncated": sums["truncated"] / sums["rollouts"],
         "repeated_4grams": per("repeated", sums["grams"]),
         "fidelity": [per(f"fidelity_{q}", sums[f"tokens_{q}"]) for q in range(4)],
-        "kept": sums["kept_tokens"] / tokens,
-        "kept_tokens": int(sums["kept_tokens"]),
-        "fired": fired / sums["rollouts"],
-        "release_at": per("release_at", fired),
+        "kept": sums["kept_tokens"] / tokens, "kept_tokens": int(sums["kept_tokens"]),
+        "fired": fired / sums["rollouts"], "release_at": per("release_at", fired),
         "bic_gain": per("bic_gain", fired),
         "bic_gain_over_6": sums["bic_gain_over_6"] / sums["rollouts"],
-    }
+    }  # fmt: skip
     if args.lookahead == "on":
         triggered = sums["triggered"]
         line |= {
-            "triggered": triggered / tokens,
-            "group_std": per("group_std", triggered),
+            "triggered": triggered / tokens, "group_std": per("group_std", triggered),
             "flat_groups": per("flat", triggered),
             "bonus": args.lgr_gamma * sums["reward"] / triggered if triggered else None,
             "outside_group": per("outside", triggered),
-        }
-    return line | {
-        "grad_norm": norm,
-        "skipped": skipped,
-        "seconds": {name: round(value, 4) for name, value in (seconds | {"total": total}).items()},
-        "tokens_per_second": tokens / total,
-    }
+        }  # fmt: skip
+    seconds = {name: round(value, 4) for name, value in (seconds | {"total": total}).items()}
+    return line | {"grad_norm": norm, "skipped": skipped, "seconds": seconds,
+                   "tokens_per_second": tokens / total}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -210,15 +193,12 @@ def sampling_bar(rows: int, desc=None, *, show=True, delay=0.0):
         yield progress if show else None
 
 
-def say_result(lines: list[dict]) -> None:
-    """What came of a run, on stdout: first and last evaluation, and what went wrong on the way."""
+def say_result(lines: list[dict], say=print) -> None:
+    """What came of a run: first and last evaluation, and what went wrong on the way."""
     evaluations = [line for line in lines if "accuracy" in line]
     for line in evaluations[:1] + evaluations[-1:]:
-        print(
-            "step {step}: mean@{samples} {accuracy:.3f}, 95% interval {accuracy_low:.3f} to "
-            "{accuracy_high:.3f}, {problems} problems".format(**line)
-        )
+        say(ACCURACY.format(**line))
     if ood := [line["ood"]["accuracy"] for line in evaluations if "ood" in line]:
-        print(f"out of domain: {ood[0]:.3f} before, {ood[-1]:.3f} after")
+        say(f"out of domain: {ood[0]:.3f} before, {ood[-1]:.3f} after")
     if skipped := sum(line.get("skipped", 0) > 0 for line in lines):
-        print(f"{skipped} steps were skipped: loss or gradient was not finite")
+        say(f"{skipped} steps were skipped: loss or gradient was not finite")

@@ -8,9 +8,7 @@ import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import torch
-import transformers
 
 from harness.cli import first_line
 
@@ -34,14 +32,10 @@ def surroundings(device: str) -> dict:
     on_gpu = device.startswith("cuda")
     name = torch.cuda.get_device_name(device) if on_gpu else platform.processor()
     versions = {"python": platform.python_version()}
-    versions |= {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    versions["math-verify"] = None
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions["math-verify"] = importlib.metadata.version("math-verify")
-    return {
-        "commit": commit or None,
-        "device": name or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    for package in ("torch", "transformers", "numpy", "math-verify"):
+        versions[package] = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"commit": commit or None, "device": name or platform.machine(),
+            "threads": torch.get_num_threads(), "versions": versions,
+            "started": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip

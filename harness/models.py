@@ -10,7 +10,6 @@ import os
 import socket
 import urllib.parse
 import urllib.request
-from types import SimpleNamespace
 
 import huggingface_hub
 import torch
@@ -19,13 +18,11 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
 import rollout
-from harness.cli import alike, first_line, read_json
+from harness.cli import first_line, read_json
 from harness.data import pad_id, stop_ids
 
-SHARDS = {  # what an index of weights may name
-    "model.safetensors.index.json": (".safetensors",),
-    "pytorch_model.bin.index.json": (".bin", ".safetensors"),  # read with --allow-bin only
-}
+SHARDS = {"model.safetensors.index.json": (".safetensors",),  # what an index of weights may name
+          "pytorch_model.bin.index.json": (".bin", ".safetensors")}  # fmt: skip
 
 
 def load_tokenizer(path, *, trust_remote_code=False):
@@ -65,7 +62,7 @@ def check_weight_files(path, named=None) -> None:
     for index, kinds in SHARDS.items():
         if file := _file(path, index):
             content = read_json(file)
-            if not isinstance(content, dict) or not alike(content.get("weight_map"), {}):
+            if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
                 raise ValueError(f"{path}: {index} has no weight_map")
             found += [(index, name, kinds) for name in content["weight_map"].values()]
     for where, name, kinds in found:
@@ -78,19 +75,18 @@ def check_weight_files(path, named=None) -> None:
 def check_tokens(configs: dict, tokenizer) -> None:
     """ValueError, before any weights, if what pads or ends a response is no token of the models,
     whose configs these are, by path."""
-    sources, pad = [tokenizer], pad_id(tokenizer)
-    sizes = [config.get_text_config(decoder=True).vocab_size for config in configs.values()]
-    for (path, config), size in zip(configs.items(), sizes, strict=True):
-        if pad >= size:
-            raise ValueError(f"{path}: pad token {pad} is not among the model's {size} tokens")
-        known = {"name_or_path": str(path), "config": config, "generation_config": None}
+    sources, sizes = [tokenizer, *configs.values()], [len(tokenizer)]
+    for path, config in configs.items():
+        sizes.append(config.get_text_config(decoder=True).vocab_size)
+        if pad_id(tokenizer) >= sizes[-1]:
+            what = f"pad token {pad_id(tokenizer)} is not among the model's {sizes[-1]} tokens"
+            raise ValueError(f"{path}: {what}")
         if _file(path, "generation_config.json"):
-            known["generation_config"] = _from_pretrained(GenerationConfig, path)
-        sources.append(SimpleNamespace(**known))
-    stops, most = stop_ids(*sources), max(*sizes, len(tokenizer))
-    if stops[0] >= min(sizes) or stops[-1] >= most:
-        what = f"{', '.join(map(str, configs))}: stop token {stops[-1]} is not among the model's "
-        raise ValueError(what + f"{min(sizes)} tokens")
+            sources.append(_from_pretrained(GenerationConfig, path))
+            sources[-1].name_or_path = str(path)
+    stops, names = stop_ids(*sources), ", ".join(map(str, configs))
+    if stops[0] >= min(sizes[1:]) or stops[-1] >= max(sizes):
+        raise ValueError(f"{names}: stop token {stops[-1]} is not among the model's tokens")
 
 
 def _file(path, name: str) -> str | None:
@@ -109,12 +105,11 @@ def load_model(path, *, dtype, device, trust_remote_code=False, allow_bin=False)
     ValueError, one line that begins with `path`: nothing there, not loadable, offline, or weights
     missing or of another shape (which would otherwise be drawn at random).
     """
-    options = {"trust_remote_code": trust_remote_code}
-    options |= {"config": load_config(path, **options), "dtype": dtype}
+    options, trust = {"dtype": dtype}, {"trust_remote_code": trust_remote_code}
     options |= {"use_safetensors": None if allow_bin else True, "output_loading_info": True}
-    options |= {"ignore_mismatched_sizes": True}  # to name them here
+    options |= {"ignore_mismatched_sizes": True, "config": load_config(path, **trust)}
     try:
-        model, info = _from_pretrained(AutoModelForCausalLM, path, **options)
+        model, info = _from_pretrained(AutoModelForCausalLM, path, **options, **trust)
     except ValueError as error:
         if "model.safetensors" in str(error) and not allow_bin:
             raise ValueError(f"{error}; --allow-bin reads pickled weights, too") from None
@@ -138,10 +133,10 @@ def _from_pretrained(loader, path, **options):
         if options["local_files_only"]:
             hint = "no such local folder, not in the cache, and this machine is offline: "
     elif os.path.exists(os.path.join(folder, "adapter_config.json")):
-        raise ValueError(f"{path}: a LoRA adapter, no whole model: merge it into its base first "
-                         "(merge_and_unload of peft, then save_pretrained)")  # fmt: skip
-    elif odd := [x.name for x in os.scandir(folder) if x.is_file() + x.is_dir() < os.path.exists(x)]:
-        raise ValueError(f"{path}: {odd[0]} is neither a file nor a folder")
+        raise ValueError(f"{path}: a LoRA adapter, no model: merge it into its base first, with "
+                         "merge_and_unload of peft and save_pretrained")  # fmt: skip
+    elif odd := [x for x in os.scandir(folder) if not x.is_file() and not os.path.isdir(x)]:
+        raise ValueError(f"{path}: {odd[0].name} is neither a file nor a folder")
     try:
         return loader.from_pretrained(name if hint else folder, **options)
     except Exception as error:
@@ -175,12 +170,12 @@ def check_sampling(path, model, prompts, max_new_tokens):
         if (alone_V - first_V).abs().max() > 0.05 * alone_V.abs().max():
             raise ValueError(f"{type(model).__name__} is not causal: tokens see later ones")
         new = min(2, max_new_tokens)  # a second token shows whether the cache is used
-        rollout.generate(
-            model, [prompt], max_new_tokens=new, eos_ids=(), pad_id=0, temperature=0, top_k=1
-        )
+        how = {"eos_ids": (), "pad_id": 0, "temperature": 0, "top_k": 1}
+        rollout.generate(model, [prompt], max_new_tokens=new, **how)
     except (ValueError, RuntimeError) as error:  # sizes that do not fit together are the latter
         raise ValueError(f"{path}: {first_line(error)}") from error
-# ------------------------------------------------------------------------ what the leaves can serve
+
+
 def check_supported(model, longest: int) -> None:
     """ValueError if config or signature says that sampling or tree attention would silently get
     the model wrong. Both hand it a 4D mask, position ids and a cache of plain keys and values.
@@ -204,7 +199,6 @@ def check_supported(model, longest: int) -> None:
         raise ValueError(f"{name}: {longest} tokens do not fit into its sliding window of {window}")
 
 
-# ----------------------------------------------------------------------- a student and a teacher
 def common_vocabulary(student_tokenizer, teacher_tokenizer) -> int:
     """Number of ids in the shorter tokenizer; ValueError unless they mean the same to both."""
     tokenizers = student_tokenizer, teacher_tokenizer
@@ -213,27 +207,24 @@ def common_vocabulary(student_tokenizer, teacher_tokenizer) -> int:
     wrong = [i for i in range(size) if names[0].get(i) != names[1].get(i)]
     if wrong:
         i = wrong[0]
-        raise ValueError(
-            f"--teacher has another tokenizer than --student: {len(wrong)} of {size} ids differ, "
-            f"the first is {i}, student's {names[0].get(i)!r}, teacher's {names[1].get(i)!r}"
-        )
+        what = f"{i}, student's {names[0].get(i)!r}, teacher's {names[1].get(i)!r}"
+        raise ValueError("--teacher has another tokenizer than --student: "
+                         f"{len(wrong)} of {size} ids differ, the first is {what}")  # fmt: skip
     return size
 
 
 @torch.no_grad()
 def check_head(flag: str, model, prompt: list[int]) -> None:
     """The chunked head computes hidden @ weight.T; refuse a model whose head does more."""
-    ids_BT = torch.tensor([prompt], device=model.device)
+    ids_BT, name = torch.tensor([prompt], device=model.device), f"{flag} {type(model).__name__}"
     try:
         ours = model.base_model(input_ids=ids_BT, use_cache=False)[0]
         ours = ours @ model.get_output_embeddings().weight.T
         theirs = model(input_ids=ids_BT, use_cache=False).logits
     except RuntimeError as error:  # sizes in the config that do not fit together
-        raise ValueError(f"{flag} {type(model).__name__}: {first_line(error)}") from error
+        raise ValueError(f"{name}: {first_line(error)}") from error
     if not theirs.isfinite().all():
-        raise ValueError(f"{flag} {type(model).__name__}: its logits are not finite")
+        raise ValueError(f"{name}: its logits are not finite")
     if (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
-        raise ValueError(
-            f"{flag} {type(model).__name__}: its logits are not hidden states times a matrix (a "
-            "bias, a soft cap or a scale); not supported"
-        )
+        what = "hidden states times a matrix (a bias, a soft cap or a scale); not supported"
+        raise ValueError(f"{name}: its logits are not {what}")

@@ -9,14 +9,13 @@ import fast.decode
 import teachability
 import toy
 from fast.student import StudentLogProbs
-from harness.cli import BIG
+from harness.cli import BIG, tell
 from harness.data import check_fit, download_punkt, from_records, load_problems
 from harness.data import render_prompts, stop_ids
 from harness.models import check_head, check_sampling, check_supported, check_tokens
 from harness.models import common_vocabulary, load_config, load_model, load_tokenizer
 
 
-# --------------------------------------------------------------------------- before any weights
 def student_and_teacher(args) -> dict[str, str]:
     """The two models by flag; the toy world's where the flag was left out."""
     world = toy.world(args.toy)
@@ -67,8 +66,8 @@ def open_prompts(args, tokenizer, problems, configs=None, vocab_size=BIG, day=No
     def usable(some):
         try:
             prompts = render_prompts(tokenizer, some, thinking=args.thinking, day=day)
-            more = configs or {}, vocab_size, some, prompts, args.max_new_tokens
-            check_prompts(tokenizer, *more)
+            limits = configs or {}, vocab_size, some, prompts, args.max_new_tokens
+            check_prompts(tokenizer, *limits)
             return list(zip(some, prompts, strict=True))
         except ValueError as error:
             if skipped is None:
@@ -84,15 +83,20 @@ def open_prompts(args, tokenizer, problems, configs=None, vocab_size=BIG, day=No
     return [problem for problem, _ in found], [prompt for _, prompt in found]
 
 
+def tell_skipped(program: str, skipped) -> None:
+    """What --skip-bad-problems has left out, on stderr."""
+    if skipped:
+        tell(program, f"--skip-bad-problems leaves out {len(skipped)}; {skipped[0]}")
+
+
 def check_prompts(tokenizer, configs, vocab_size: int, problems, prompts, max_new_tokens) -> None:
     """ValueError that names the first problem whose prompt holds what the models do not share, or
     does not fit them."""
     for problem, prompt in zip(problems, prompts, strict=True):
         if max(prompt) >= vocab_size:
-            raise ValueError(
-                f"{problem['where']}: the prompt holds {tokenizer.decode([max(prompt)])!r}, which "
-                f"is not among the {vocab_size} tokens that --student and --teacher share"
-            )
+            what = f"the prompt holds {tokenizer.decode([max(prompt)])!r}, which is not among the "
+            what += f"{vocab_size} tokens that --student and --teacher share"
+            raise ValueError(f"{problem['where']}: {what}")
     for config in configs.values():
         check_fit(config, problems, prompts, max_new_tokens)
 
@@ -111,7 +115,6 @@ def open_splitter(kind: str) -> tuple[object, str]:
         raise ValueError(f"--splitter {kind}: {error}") from None
 
 
-# -------------------------------------------------------------------------------------- weights
 def load_models(run, device) -> None:
     """Put into `run`: the student in float32 (what AdamW needs), the teacher in the type of the
     matrix products, optimizer and schedule. ValueError that names the model that cannot serve."""

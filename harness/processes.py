@@ -49,14 +49,10 @@ def batch_order(count: int, first: int, length: int, seed: int) -> list[int]:
 
 
 def micro_batches(mask_BT, args):
-    """Rows of similar length together, so that little padding is computed.
-
-    mask_BT: bool, the columns that are needed. args: has micro_batch, most rows of a micro-batch,
-        and tokens_per_micro_batch, its rows times the longest of them; 0: any number. A row that is
-        longer than that is alone.
-    Yields indices (rows, columns), longest rows first; rows in the order of the batch, columns up
-    to the last true one, at least 2. Rows without a true column are left out; if all are, the first
-    comes alone, so that every process has a backward pass to take part in.
+    """Rows of similar length together: yields (rows, columns), longest rows first, of the columns
+    that mask_BT (bool) needs, at least 2. Limits are those of the flags in `args`; a row beyond
+    them is alone. Rows that need none are left out, but for the first if all are: every process
+    takes part in a backward pass.
 
     >>> from types import SimpleNamespace as Args
     >>> mask_BT = torch.arange(9) < torch.tensor([4, 9, 3, 4, 2])[:, None]
@@ -90,7 +86,6 @@ class Stopwatch:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was charged."""
         self.seconds, self.start = {}, time.perf_counter()
 
     def lap(self, phase: str) -> None:
@@ -102,7 +97,6 @@ class Stopwatch:
         self.start = now
 
 
-# ---------------------------------------------------------------------------------- together
 def start_processes(args, world: int) -> torch.device:
     """Join the process group that torchrun describes: gloo on CPU, nccl on GPU."""
     device = torch.device(args.device)
@@ -124,7 +118,6 @@ def sum_over_ranks(values, device) -> list[float]:
 
 
 def gather_objects(value) -> list:
-    """What every process has, by rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -132,17 +125,15 @@ def gather_objects(value) -> list:
     return values
 
 
-def raise_on_all_ranks(work):
-    """`work()` in every process. If it raises a ValueError or an OSError in one, a ValueError in
-    all, with that rank, if it is another: nobody waits for one that has left."""
-    error = None
+def raise_on_all_ranks(work, error=None):
+    """`work()` in every process. If it raises a ValueError or an OSError in one (or that has an
+    `error` already), a ValueError in all, with that rank, if it is another: nobody waits for one
+    that has left."""
     try:
         work()
     except (ValueError, OSError) as caught:
-        error = ValueError(str(caught))
+        error = caught
     errors = gather_objects(error and str(error))
-    wrong = [rank for rank, text in enumerate(errors) if text is not None]
-    if wrong and error is None:
-        error = ValueError(f"rank {wrong[0]}: {errors[wrong[0]]}")
-    if error is not None:
-        raise error
+    for rank, text in enumerate(errors):
+        if text is not None:
+            raise ValueError(str(error) if error else f"rank {rank}: {text}")

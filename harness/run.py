@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 import teachability
 from harness import checkpoint, flags, log, pair, signals
-from harness.claim import Claim
-from harness.cli import alike, first_line, tell
+from harness.cli import first_line, tell
 from harness.data import pad_id
 from harness.machine import surroundings
 from harness.processes import Stopwatch, batch_order, gather_objects, my_share, row_generator
@@ -52,12 +51,15 @@ class Position:
 
     @classmethod
     def of(cls, path: Path):
-        """That of a checkpoint; ValueError that names the file if it is none."""
-        facts = checkpoint.read_facts(path)
-        example = {"options": [], "scheduler": {}, "position": dataclasses.asdict(cls())}
-        if not alike(facts, example) or facts["position"]["step"] != checkpoint.step_of(path):
+        facts, found = checkpoint.read_json(path / "facts.json"), None
+        with contextlib.suppress(TypeError, LookupError):
+            found = cls(**facts["position"])
+            counts = found.step, found.skipped, found.log_bytes, int(found.evaluated)
+        if found is None or found.step != checkpoint.step_of(path) or not all(
+            type(count) is int and count >= 0 for count in counts
+        ):
             raise ValueError(f"{path}/facts.json: not the facts of that step of a run")
-        return cls(**facts["position"])
+        return found
 
 
 class Run:
@@ -128,8 +130,8 @@ class Run:
         return row_generator(self.args.seed, stream, first_row, self.args.max_new_tokens)
 
     def skip_overflow(self, generate):
-        """`generate`, but where its logits overflow each prompt gets one token of log-prob NaN, and
-        `overflow` is NaN instead of 0, so that the step changes no weight."""
+        """`generate`; where its logits overflow, one token of log-prob NaN for each prompt, and an
+        `overflow` of NaN, so that the step changes no weight."""
 
         def sample(model, prompts, **how):
             self.overflow = 0.0
@@ -147,11 +149,9 @@ class Run:
         return sample
 
     def sum(self, values) -> list[float]:
-        """Element-wise sum over all processes."""
         return sum_over_ranks(values, self.model.device)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows of all processes, in their order; on the CPU."""
         return torch.cat(gather_objects(rows.cpu()))
 
     def autocast(self):
@@ -179,13 +179,11 @@ class Run:
         hook.remove()
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether the student is to be evaluated before this step."""
         every = self.args.eval_every
         due = step in (0, self.args.steps) or (every and step % every == 0)
         return bool(due and self.problems["eval"] and not self.position.evaluated)
 
     def log_line(self, step: int, loss: float, norm: float, skipped: int, batch, scores) -> dict:
-        """The line of a training step, over all processes."""
         sums = log.batch_sums(batch, scores, self.args)
         sums = dict(zip(sums, self.sum(sums.values()), strict=True))
         return log.log_line(step, loss, norm, skipped, sums, self.watch.seconds, self.args)
@@ -246,23 +244,16 @@ class Run:
 
     # -------------------------------------------------------------------------- folder and resume
     def describe(self) -> dict:
-        """config.json: every flag, where its value came from, and what the numbers depend on."""
         return {
-            "flags": vars(self.args),
-            "origins": self.origins,
-            "models": pair.student_and_teacher(self.args),
-            "processes": self.world,
-            "vocabulary": self.vocab_size,
-            "stop_ids": self.stop_ids,
-            "sentence_splitter": self.splitter_name,
+            "flags": vars(self.args), "origins": self.origins,
+            "models": pair.student_and_teacher(self.args), "processes": self.world,
+            "vocabulary": self.vocab_size, "stop_ids": self.stop_ids,
+            "sentence_splitter": self.splitter_name, "date": self.day,
+            "problems_sha256": self.fingerprint(), "skipped_problems": len(self.skipped or ()),
             "training_problems": len(self.prompts["train"]),
-            "problems_sha256": self.fingerprint(),
-            "skipped_problems": len(self.skipped or ()),
-            "date": self.day,
             "evaluation_problems": len(self.prompts["eval"]),
-            "ood_problems": len(self.prompts["ood"]),
-            **surroundings(self.args.device),
-        }
+            "ood_problems": len(self.prompts["ood"]), **surroundings(self.args.device),
+        }  # fmt: skip
 
     def fingerprint(self) -> str:
         """SHA-256 of all problems and of the chat template, which are the same on every day."""
@@ -277,14 +268,13 @@ class Run:
         if config is None:
             return None
         if config.get("problems_sha256") is None:
-            raise ValueError(f"--resume: {out} is a run of an earlier version, which did not write "
-                             "down what its problems were; start another")  # fmt: skip
+            raise ValueError(f"--resume: {out} is a run of before, without problems_sha256")
         changed = checkpoint.changed_flags(config, vars(self.args), flags.MAY_CHANGE)
         if changed:
             raise ValueError(f"--resume: {out} is a run with other flags: {'; '.join(changed)}")
         if config["problems_sha256"] != self.fingerprint():
-            raise ValueError(f"--resume: {out} is a run on other problems: files or chat template "
-                             "have changed")  # fmt: skip
+            what = "files or chat template have changed"
+            raise ValueError(f"--resume: {out} is a run on other problems: {what}")
         found = path, _ = checkpoint.survey(out)
         if path is not None and checkpoint.step_of(path) > self.args.steps:
             raise ValueError(f"--steps {self.args.steps}: {path} is of a later step")
@@ -302,35 +292,31 @@ class Run:
         except Exception as error:  # whatever the libraries make of it
             raise ValueError(f"{path}: {first_line(error)}") from error
 
-    def begin_folder(self, claim: Claim, resume) -> None:
-        """Write the config of a new run, or into the one of an old run where it goes on: only here
-        is anything in the folder moved or written. What may make that differ from an uninterrupted
-        run is said on stderr."""
-        now, say = self.describe(), lambda text: tell("train.py", text)
-        if self.skipped:
-            say(f"--skip-bad-problems leaves out {len(self.skipped)}; {self.skipped[0]}")
-        if resume is None:
+    def begin_folder(self, claim, resume) -> None:
+        """Write the config of a new run, or into the one of an old run where it goes on, before
+        which nothing in the folder is touched; tell what may make that another run."""
+        now, (config, *found) = self.describe(), resume or (None, None)
+        pair.tell_skipped("train.py", self.skipped)
+        if config is None:
             claim.begin()
             checkpoint.write_json(claim.out / "config.json", now)
             return
         claim.check()
-        config, path, torn = resume
-        checkpoint.newest(claim.out, (path, torn))
+        path = checkpoint.newest(claim.out, found)
         checkpoint.forget_faults(claim.out)
         resumed = {"step": self.position.step}
         for name in ("commit", "device", "processes", "threads", "versions", "started"):
             resumed[name] = now[name]
             if config.get(name) != now[name] and name != "started":
-                say(f"--resume: {name} {config.get(name)!s:.200}, now {now[name]}: the run may go "
-                    "on otherwise than it would have")  # fmt: skip
+                what = f"--resume: {name} {config.get(name)!s:.200}, now {now[name]}"
+                tell("train.py", f"{what}: the run may go on otherwise than it would have")
         config["resumed"] = [*config.get("resumed", []), resumed]
         changed = {"flags": now["flags"], "origins": now["origins"]}
         checkpoint.write_json(claim.out / "config.json", config | changed)
-        where = f"from {path}" if path else "from the beginning, it has no whole checkpoint"
-        say(f"resuming {where}" if path else f"resuming {claim.out} {where}")
+        where = f"from {path}" if path else f"{claim.out} from the beginning: no whole checkpoint"
+        tell("train.py", f"resuming {where}")
 
     def write_checkpoint(self) -> None:
-        """Rank 0 writes down where the run stands."""
         if self.rank == 0:
             self.log.flush()
             groups, facts = checkpoint.capture(self.model, self.optimizer, self.scheduler)
@@ -354,7 +340,6 @@ class Run:
             dist.barrier()  # nobody leaves before rank 0 has saved
 
 
-# ----------------------------------------------------------------------------- start and end of it
 @contextlib.contextmanager
 def start(argv, tables, methods, presets, needs):
     """Check everything, load, yield a `Run`; afterwards save the result and leave.
@@ -367,14 +352,14 @@ def start(argv, tables, methods, presets, needs):
     transformers.logging.disable_progress_bar()
     if args.threads:
         torch.set_num_threads(args.threads)
-    out, code, begun, run = Path(args.out), 0, None, None
-    with signals.Interruptions() as interruptions, contextlib.closing(Claim(out)) as claim:
+    code, begun, run, claim = 0, None, None, checkpoint.Claim(args.out)
+    with signals.Interruptions() as interruptions, contextlib.closing(claim):
         try:
             try:
                 run = open_run(args, origins, needs, interruptions, claim)
             except ValueError as error:
                 parser.error(str(error))
-            begun = out  # before, an older run may lie there
+            begun = claim.out  # before, an older run may lie there
             with written_down(run):
                 yield run
             run.finish()
@@ -396,8 +381,8 @@ def start(argv, tables, methods, presets, needs):
 
 
 def open_run(args, origins, needs, interruptions, claim) -> Run:
-    """Every check that needs no weights; then the processes meet and hear of each other's errors;
-    then weights, the checkpoint to go on from, the run folder. ValueError: bad input."""
+    """Checks that need no weights; then the processes meet and hear of each other's errors; then
+    weights, the checkpoint to go on from, the run folder. ValueError: bad input."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out, run, resume, error, config = claim.out, None, None, None, None
     try:
@@ -412,11 +397,7 @@ def open_run(args, origins, needs, interruptions, claim) -> Run:
         error = caught
     device = start_processes(args, world) if world > 1 or error is None else None
 
-    def agree():
-        if error is not None:
-            raise error
-
-    raise_on_all_ranks(agree)
+    raise_on_all_ranks(lambda: None, error)
     if run.day != (day := gather_objects(run.day)[0]):  # of a resumed run, or midnight has passed
         run.load_prompts(day)
     run.signals = interruptions

@@ -1,6 +1,5 @@
 """Signals that end a run, and what is said when it ends before its time."""
 
-import contextlib
 import os
 import signal
 import sys
@@ -26,8 +25,7 @@ class Stop(BaseException):
 
 
 class Stream:
-    """A stream whose errors end nothing: what a full disk or a reader that has gone does not take
-    is lost, with all that follows."""
+    """A stream that goes nowhere once it fails: its disk is full, or its reader has gone."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -36,13 +34,12 @@ class Stream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        """Write, or lose, a text."""
+        """All at once: nothing is left for the end of the program."""
         try:
             self.stream.write(text)
             self.stream.flush()
         except OSError:
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 STOPS = {"SIGTERM", "SIGINT", "SIGHUP"} & {number.name for number in signal.Signals}
@@ -50,13 +47,9 @@ STOPS = {"SIGTERM", "SIGINT", "SIGHUP"} & {number.name for number in signal.Sign
 
 class Interruptions:
     """STOPS become a `Stop` wherever the program is, but not between `hold` and `release`, where
-    there may be weights without their line in the log: there they wait.
-
-    The first signal counts; what comes after it is ignored, so that a checkpoint can be written in
-    peace (SIGQUIT and SIGKILL still end everything at once). A signal that was ignored when the
-    program began, as Ctrl-C is in a background job and SIGHUP behind nohup, stays ignored. Neither
-    does a terminal that has gone end the program. A context manager: on leaving, handlers are what
-    they were. Outside the main thread no signal is handled.
+    there may be weights without their line in the log: there they wait. The first counts. One that
+    was ignored when the program began, as Ctrl-C is in a background job and SIGHUP behind nohup,
+    stays ignored, and so does a terminal that has gone. A context manager, for the main thread.
     """
 
     def __init__(self):
@@ -83,7 +76,6 @@ class Interruptions:
                 raise Stop(number)
 
     def hold(self, *_) -> None:
-        """From here on signals wait."""
         self.held = True
 
     def release(self) -> None:
