@@ -1,11 +1,6 @@
-"""A run folder (docs/runs.md says what it holds), and checkpoints from which a run goes on bit for
-bit, whatever ended it: checkpoints/step-00000020/{student,optimizer}.safetensors, facts.json and
-checksums.json.
-
-Files and folders are written under another name (`.partial`), forced to the disk, then renamed. A
-checkpoint whose SHA-256 sums do not agree is set aside (`.torn`), and the one before serves. No name
-comes from what is read, and links are refused: nothing outside is touched.
-"""
+"""A run folder (docs/runs.md), who may write it, and checkpoints, from which a run goes on bit for
+bit. Files and folders are written as `.partial`, forced to the disk, then renamed. No
+name comes from what is read, and links are refused: nothing outside is touched."""
 
 import contextlib
 import errno
@@ -15,11 +10,10 @@ import os
 import random
 import re
 import shutil
-import stat
 import warnings
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,15 +39,14 @@ def lock(file) -> None:
 
 
 class Claim:
-    """The right to write a folder: a lock on the folder itself, which leaves no file and ends with
-    the process. Where that is not possible (Windows, some network disks) only the log has one."""
+    """The right to write a folder: a lock on itself that ends with the process and leaves nothing.
+    Where there is none (Windows, some network disks) only the log is locked."""
 
     def __init__(self, out: Path):
         self.out, self.made, self.handle = Path(out), [], None
 
     def take(self) -> None:
-        """Make the folder if need be, and lock it. ValueError, OSError: somebody has it, it cannot
-        be written."""
+        """Make the folder if need be, and lock it. ValueError, OSError: that is not possible."""
         if not self.out.is_dir():
             check_creatable("--out", self.out)
         self.made = [path for path in (self.out, *self.out.parents) if not path.exists()]
@@ -103,7 +96,6 @@ class Claim:
         return handle
 
 
-
 def check_folder(out: Path, resume: bool = False) -> None:
     """ValueError unless `out` is a run, to be moved aside or resumed, or there is nothing yet."""
     out = Path(out)
@@ -112,17 +104,15 @@ def check_folder(out: Path, resume: bool = False) -> None:
     paths = out.iterdir() if out.exists() else ()
     names = [path.name for path in paths if not path.name.endswith(".partial")]
     if names and not (resume and "config.json" in names):  # a broken one is told by read_config
-        is_run = False
         with contextlib.suppress(ValueError):  # models have a config.json, too
-            is_run = read_config(out) is not None
-        if not is_run:
+            names = () if read_config(out) else names
+        if names:
             raise ValueError(f"--out {out} holds files that are not a run; name another folder")
-    for name in INSIDE if resume else ():
-        is_kind, kind = (stat.S_ISREG, "file") if "." in name else (stat.S_ISDIR, "folder")
-        if (out / name).is_symlink():
-            raise ValueError(f"--out {out}: {name} is a link; a run stays in its own folder")
-        if (out / name).exists() and not is_kind((out / name).stat().st_mode):
-            raise ValueError(f"--out {out}: {name} is not a {kind}")
+    for path in [out / name for name in INSIDE] if resume else ():
+        if path.is_symlink():
+            raise ValueError(f"--out {out}: {path.name} is a link; a run stays in its folder")
+        if path.exists() and not (path.is_file() if path.suffix else path.is_dir()):
+            raise ValueError(f"--out {out}: {path.name} is not of its kind, file or folder")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -155,11 +145,7 @@ def read_config(out: Path) -> dict | None:
 
 
 def changed_flags(config: dict, flags: dict, may_change=()) -> list[str]:
-    """What the flags of a run and of the command that resumes it disagree about, one text each.
-
-    >>> changed_flags({"flags": {"lr": 0.1, "steps": 3}}, {"lr": 0.2, "steps": 9}, ("steps",))
-    ['--lr 0.1, now 0.2']
-    """
+    """Flags that a run and the command that resumes it disagree about, one text each."""
     then, now = config["flags"], json.loads(json.dumps(flags))
     names = [k for k in then | now if k not in may_change and then.get(k) != now.get(k)]
     return [f"--{k.replace('_', '-')} {then.get(k)!s:.60}, now {now.get(k)}" for k in names]
@@ -178,15 +164,12 @@ def write_fault(out: Path, name: str, tensors: dict) -> Path:
 def first_fault(out: Path, text: str) -> str:
     """The error of the first process to report one, in faults/first.txt: it may be `text`."""
     path = Path(out) / "faults" / "first.txt"
-    try:
+    with contextlib.suppress(OSError):  # no run folder yet, or one that cannot be written
         path.parent.mkdir(exist_ok=True)
-        with open(path, "x") as file:
+        with contextlib.suppress(FileExistsError), open(path, "x") as file:
             file.write(text + "\n")
-        return text
-    except FileExistsError:
         return path.read_text().strip() or text
-    except OSError:  # no run folder yet, or one that cannot be written
-        return text
+    return text
 
 
 def forget_faults(out: Path) -> None:
@@ -194,12 +177,10 @@ def forget_faults(out: Path) -> None:
 
 
 def replace_folder(out: Path, name: str, fill) -> None:
-    """Have `fill(folder)` write a folder, then put it in the place of <out>/<name>. OSError: it
-    cannot be written; what was there still is."""
+    """Have `fill(folder)` write <out>/<name>. OSError: what was there still is."""
     target, partial, old = out / name, out / f"{name}.partial", out / f"{name}.old.partial"
     with name_the_path(target, partial):
-        _remove(partial)
-        _remove(old)
+        _remove(partial, old)
         fill(partial)
         for path in [*partial.iterdir(), partial]:
             _flush(path)
@@ -210,20 +191,14 @@ def replace_folder(out: Path, name: str, fill) -> None:
         _remove(old)
 
 
-@dataclass
-class Checkpoint:
-    """What was read, as it was written."""
-
+class Checkpoint(NamedTuple):
     groups: dict[str, dict[str, torch.Tensor]]
     facts: dict
 
 
 def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> Path:
-    """Write a checkpoint, then delete all but the newest `keep` of them.
-
-    A whole checkpoint of the same step is left as it is. groups: tensors by name, by name of their
-    file. facts: JSON. Returns its folder. OSError: it cannot be written; what was there remains.
-    """
+    """Write tensors by file and name, and facts for JSON; delete all but the newest `keep`. A whole
+    checkpoint of that step is left as it is. OSError: what there was remains."""
     folder = Path(out) / "checkpoints"
     target = folder / f"step-{step:08d}"
 
@@ -238,10 +213,9 @@ def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> 
     with name_the_path(target):
         folder.mkdir(exist_ok=True)
         if target.is_symlink() or not target.exists() or what_is_torn(target):
-            _clean(folder)
+            _remove(*folder.glob("step-*.partial"))
             replace_folder(folder, target.name, fill)
-        for old in _steps(folder)[:-keep]:
-            _remove(old)
+        _remove(*_steps(folder)[:-keep])
     return target
 
 
@@ -259,7 +233,7 @@ def survey(out: Path) -> tuple[Path | None, list[Path]]:
 def newest(out: Path, found=None) -> Path | None:
     """What `survey` finds, or has `found`; torn ones are renamed to `<name>.torn`, and what an
     interrupted `write` left is deleted."""
-    _clean(Path(out) / "checkpoints")
+    _remove(*(Path(out) / "checkpoints").glob("step-*.partial"))
     path, torn = found or survey(out)
     for one in torn:
         aside = one.with_name(one.name + ".torn")
@@ -315,8 +289,7 @@ def capture(model, optimizer, scheduler=None) -> tuple[dict, dict]:
 
 
 def restore(checkpoint: Checkpoint, model, optimizer, scheduler=None) -> None:
-    """Put back what `capture` took, into objects that were built as those were. ValueError: a
-    tensor is missing, is not wanted or has another shape."""
+    """Put back what `capture` took, into objects that were built as those were; or ValueError."""
     own, saved = model.state_dict(), checkpoint.groups["student"]
     wanted = {name: tensor.shape for name, tensor in _distinct(own).items()}
     if wanted != {name: tensor.shape for name, tensor in saved.items()}:
@@ -375,7 +348,8 @@ def _kinds(value):
     """Of JSON everything but the values; whole numbers count as others."""
     if isinstance(value, dict):
         return {key: _kinds(item) for key, item in value.items()}
-    return [*map(_kinds, value)] if isinstance(value, list) else type(value) in (int, float) or value
+    items = isinstance(value, list)
+    return [*map(_kinds, value)] if items else type(value) in (int, float) or value
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -384,16 +358,12 @@ def _steps(folder: Path) -> list[Path]:
     return sorted((p for p in found if not p.is_symlink()), key=step_of)
 
 
-def _clean(folder: Path) -> None:
-    for path in folder.glob("step-*.partial"):
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():  # of a link the link, not what it leads to
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():  # of a link the link, not what it leads to
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:
@@ -403,8 +373,7 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def name_the_path(path: Path, partial: Path | None = None):
-    """Errors of writing, also of safetensors, become an OSError that names the path; what is
-    half-written is removed."""
+    """Errors of writing as an OSError that names the path; what is half-written is removed."""
     try:
         yield
     except (OSError, SafetensorError) as error:

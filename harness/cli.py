@@ -1,8 +1,5 @@
-"""Command lines, names of files and JSON from outside, checked on their way in.
-
-Whatever is wrong is an exit with code 2, or a ValueError, of one line that names the flag, file or
-value.
-"""
+"""Command lines, names of files and JSON, checked on their way in. Whatever is wrong is exit code
+2, or a ValueError, and one line that names flag, file or value."""
 
 import argparse
 import contextlib
@@ -55,7 +52,6 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, printed once however many processes run."""
 
     def error(self, message: str):
-        """Print the message on rank 0 and leave with exit code 2."""
         if os.environ.get("RANK", "0") == "0":
             complain(self.prog.split()[-1], message)  # of `python -m NAME` the name
         sys.exit(2)
@@ -69,21 +65,18 @@ def tell(program: str, message) -> None:
 
 
 def complain(program: str, message) -> None:
-    """The same of what is wrong."""
     tell(f"{program}: error", message)
 
 
 def check_creatable(flag: str, path) -> None:
-    """ValueError unless something could be created at `path`, which need not have a parent yet, or
-    in the folder that is there; leaves no trace."""
+    """ValueError unless something can be created at `path`, or in a folder there; no trace."""
     path = Path(path)
     try:
         if any(len(os.fsencode(part)) > 255 for part in path.parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(path)  # the whole of the name may be too long
-        parents = path.absolute().parents
-        folder = next(folder for folder in (path, *parents) if os.path.lexists(folder))
+        folder = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
         os.rmdir(tempfile.mkdtemp(dir=folder, suffix=".partial"))
     except (OSError, ValueError) as error:  # NUL is a ValueError
         why = getattr(error, "strerror", None) or error
@@ -131,8 +124,7 @@ def read_json(path):
 
 
 def parse_json(data: bytes, where):
-    """JSON; ValueError that begins with `where`, also of a key that comes twice: readers disagree
-    about which one counts."""
+    """JSON; ValueError that begins with `where`. Readers disagree about a key that comes twice."""
 
     def unique(pairs):
         if len(found := dict(pairs)) < len(pairs):
@@ -148,7 +140,6 @@ def parse_json(data: bytes, where):
 
 
 def first_line(error):
-    """First line of a message, for errors that come as a wall of text, and the next one where it
-    ends in a colon."""
+    """First line of a message that is a wall of text, and the next one if it ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__

@@ -1,8 +1,5 @@
-"""Problem files and prompts, checked on their way in.
-
-Whatever is wrong is a ValueError of one line that names the file and line. Text is never evaluated,
-and control tokens inside it are refused: a problem cannot end the user's turn.
-"""
+"""Problem files and prompts, checked on their way in: a ValueError of one line names file and line.
+Text is never evaluated, and control tokens in it are refused: a problem cannot end its turn."""
 
 import io
 import itertools
@@ -27,10 +24,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 def load_problems(path, *, require_answer=True, skipped=None):
     """Problems of a JSONL file: [{"messages": [..], "answer": str or None, "where": "path:line"}].
-
-    Blank lines are skipped. ValueError naming file and line for anything else that is no problem.
-    skipped: a list that takes these errors instead.
-    """
+    Blank lines are skipped; else ValueErrors name file and line, for a list `skipped` if given."""
     problems = []
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
@@ -107,12 +101,11 @@ def _check_text(value, what):
 def render_prompts(tokenizer, problems, *, thinking=False, day=None):
     """Token ids of every problem's prompt, up to where the model begins to answer: list of lists.
 
-    Through the tokenizer's chat template, with `enable_thinking=thinking`, and the date `day` where
-    it prints one (default: today). Without a template: the messages' contents, a blank line after
-    each, and the tokenizer's special tokens but an EOS.
+    Through the chat template, with `enable_thinking=thinking`, and the date `day` where it prints
+    today's. Without one: the messages, a blank line after each, and special tokens but an EOS.
     ValueError, naming the problem, when its text holds a control token (`<|im_end|>` would end the
     user's turn; plain added tokens such as `<think>` pass) or becomes one next to the template's,
-    cannot be spelled by the tokenizer, is refused by the template, or renders to nothing.
+    cannot be spelled, is refused by the template, or renders to nothing.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
@@ -167,8 +160,7 @@ def render_prompts(tokenizer, problems, *, thinking=False, day=None):
 
 
 def _all_or_named(work, items, wheres):
-    """work(items). If that raises, a ValueError that names where the first item stands with which
-    it does: templates and tokenizers raise what they like."""
+    """work(items), or a ValueError that names the first with which it raises whatever it likes."""
     try:
         return work(items)
     except Exception as error:
@@ -179,8 +171,7 @@ def _all_or_named(work, items, wheres):
 
 
 def check_fit(config, problems, prompts, max_new_tokens):
-    """ValueError naming the first problem whose prompt + max_new_tokens exceeds the context of a
-    model of that config, or whose ids exceed its vocabulary (model and tokenizer do not match)."""
+    """ValueError naming the first problem that exceeds context or vocabulary of a config."""
     config = config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     for problem, prompt in zip(problems, prompts, strict=True):
@@ -194,15 +185,8 @@ def check_fit(config, problems, prompts, max_new_tokens):
 
 
 def stop_ids(*sources):
-    """Sorted ids that end a response, of all the models, configs and tokenizers given.
-
-    Teacher and student may disagree about EOS (base against chat checkpoints). ValueError when no
-    source has any, or one is no id.
-
-    >>> from types import SimpleNamespace as Has
-    >>> stop_ids(Has(eos_token_id=[7, 3]), Has(eos_token_id=None), Has(eos_token_id=3))
-    [3, 7]
-    """
+    """Sorted ids that end a response, of all the models, configs and tokenizers given: teacher and
+    student may disagree about EOS. ValueError when there is none, or one is no id."""
     found, names = [], ", ".join(sorted({getattr(s, "name_or_path", "") for s in sources} - {""}))
     for source in sources:
         for part in (source, *(getattr(source, k, None) for k in ("config", "generation_config"))):
@@ -227,8 +211,7 @@ def pad_id(tokenizer):
 
 
 def download_punkt(seconds=60):
-    """Fetch the data of NLTK's pretrained sentence splitter, or give up in silence, after so many
-    seconds: NLTK reports errors even when asked to be quiet, and may wait minutes for a server."""
+    """Fetch NLTK's pretrained sentence splitter, or give up in silence after so many seconds."""
 
     def fetch():
         try:

@@ -76,8 +76,7 @@ MAY_CHANGE = "out resume preset steps checkpoint_every max_skipped_steps timeout
 
 
 def add_flags(group, rows) -> None:
-    """Add the rows of a table to a parser, or to a group of its arguments. A flag that is not given
-    leaves no trace in the namespace."""
+    """Add rows of a table to a parser; a flag that is not given leaves no trace."""
     for flag, default, check, text in rows:
         options = {"default": argparse.SUPPRESS, "help": text}
         if default is False:

@@ -1,9 +1,5 @@
-"""log.jsonl: what a step says, and the file that it is said in.
-
-Every process sums its own rows (`batch_sums`), the sums are added up over all processes, and one
-line is made of the totals (`log_line`), so that no figure is a mean of means. docs/runs.md says
-what each key is.
-"""
+"""log.jsonl, whose keys docs/runs.md explains. Every process sums its own rows (`batch_sums`); one
+line is made of the totals (`log_line`), so that no figure is a mean of means."""
 
 import contextlib
 import io
@@ -24,8 +20,7 @@ ACCURACY = ("step {step}: mean@{samples} {accuracy:.3f}, 95% interval {accuracy_
 
 
 def read_log(out: Path, keep: int) -> list[dict]:
-    """The lines in the first `keep` bytes of log.jsonl, where a checkpoint was written. ValueError
-    that names the line if they are not what a run writes."""
+    """The lines in the first `keep` bytes of log.jsonl; ValueError that names what is none."""
     path = Path(out) / "log.jsonl"
     size = path.stat().st_size if path.exists() else 0
     if size < keep:
@@ -42,11 +37,8 @@ def read_log(out: Path, keep: int) -> list[dict]:
 
 
 class Log:
-    """log.jsonl: a line is in the file when `write` returns, and on the disk after `flush`.
-
-    keep: bytes of an earlier run to go on behind; what lies beyond moves to log.dropped.jsonl.
-    ValueError: there are fewer. OSError: another process has the log, or it cannot be written.
-    """
+    """log.jsonl: a line is in the file when `write` returns, and on the disk after `flush`. It goes
+    on behind `keep` bytes; what lies beyond moves to log.dropped.jsonl."""
 
     def __init__(self, out: Path, keep: int = 0):
         self.path = Path(out) / "log.jsonl"
@@ -118,8 +110,7 @@ def batch_sums(batch, scores, args) -> dict[str, float]:
     none_B = torch.zeros_like(mask_BT[:, 0])  # of a mask without a change point
     released_B = none_B if scores.released_B is None else scores.released_B
     gain_B = none_B if scores.gain_B is None else scores.gain_B
-    rows = zip(batch.ids_BT, mask_BT, strict=True)
-    grams = [repeated_ngrams(ids_T[mask_T]) for ids_T, mask_T in rows]
+    grams = [repeated_ngrams(ids_T[mask_BT[row]]) for row, ids_T in enumerate(batch.ids_BT)]
     kept_share_B = keep_BT.sum(1) / mask_BT.sum(1)
     sums = {
         "reverse_kl": ((batch.logp_BT - scores.logp_BT) * mask_BT).sum(),
@@ -179,8 +170,7 @@ def log_line(step, loss, norm, skipped, sums, seconds, args) -> dict:
 
 @contextlib.contextmanager
 def sampling_bar(rows: int, desc=None, *, show=True, delay=0.0):
-    """A bar of responses for the `progress` of `rollout.generate`. It moves with every token, since
-    a batch may end all at once. delay: seconds until it shows."""
+    """A bar of responses, for `progress` of `rollout.generate`; moves with every token."""
     tokens, how = 0, {"unit": "response", "leave": False, "miniters": 0}
     with tqdm(total=rows, desc=desc, disable=not show, delay=delay, **how) as bar:
 

@@ -1,8 +1,5 @@
-"""Models and tokenizers, checked on their way in.
-
-Weights are read from safetensors only and no code that comes with a model is run, unless told.
-Whatever is wrong is a ValueError of one line that names the model or flag.
-"""
+"""Models and tokenizers, checked on their way in: a ValueError of one line names model or flag.
+Weights are read from safetensors only, and no code of a model is run, unless told."""
 
 import functools
 import inspect
@@ -28,8 +25,7 @@ SHARDS = {"model.safetensors.index.json": (".safetensors",),  # what an index of
 def load_tokenizer(path, *, trust_remote_code=False):
     """The tokenizer of a local folder or hub name; a one-line ValueError naming it otherwise."""
     tokenizer = _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-        # what the library makes of a folder without tokenizer files
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # without its files
         raise ValueError(f"{path}: cannot load Tokenizer: it has no tokens but special ones")
     for option in ("is_local", "local_files_only"):  # of this machine: not to be saved with it
         tokenizer.init_kwargs.pop(option, None)
@@ -41,8 +37,8 @@ def load_config(path, *, trust_remote_code=False):
     config = _from_pretrained(AutoConfig, path, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
         raise ValueError(f"{path}: {config.model_type} is an encoder-decoder, not a causal LM")
-    is_decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder:
+    sees_all = not getattr(config, "is_decoder", False) and not getattr(config, "causal", False)
+    if sees_all and type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         raise ValueError(f"{path}: {config.model_type} is an encoder, not causal: no causal LM")
     if not getattr(config.get_text_config(decoder=True), "vocab_size", 0) > 0:
         raise ValueError(f"{path}: {config.model_type} has no vocabulary: not a language model")
@@ -56,8 +52,7 @@ def load_config(path, *, trust_remote_code=False):
 
 
 def check_weight_files(path, named=None) -> None:
-    """ValueError, before any is read, unless weights are safetensors in the model's folder (of an
-    index that --allow-bin needs: or `.bin` files). named: a file of weights in its config."""
+    """ValueError unless all weights (`named`: in the config) are safetensors in its folder."""
     found = [] if named is None else [("config.json", named, (".safetensors",))]
     for index, kinds in SHARDS.items():
         if file := _file(path, index):
@@ -73,8 +68,7 @@ def check_weight_files(path, named=None) -> None:
 
 
 def check_tokens(configs: dict, tokenizer) -> None:
-    """ValueError, before any weights, if what pads or ends a response is no token of the models,
-    whose configs these are, by path."""
+    """ValueError if what pads or ends responses is no token of the models: configs by path."""
     sources, sizes = [tokenizer, *configs.values()], [len(tokenizer)]
     for path, config in configs.items():
         sizes.append(config.get_text_config(decoder=True).vocab_size)
@@ -91,20 +85,15 @@ def check_tokens(configs: dict, tokenizer) -> None:
 
 def _file(path, name: str) -> str | None:
     """Where a file of a model is, in its folder or that of the hub's cache; None if it has none."""
-    how = dict.fromkeys(["_raise_exceptions_for_missing_entries",
-                         "_raise_exceptions_for_connection_errors"], False)  # fmt: skip
-    folder = os.path.expanduser(path)
-    offline = not os.path.isdir(folder) and not _online()
-    return cached_file(folder, name, local_files_only=offline, **how)
+    kinds, folder = ("missing_entries", "connection_errors"), os.path.expanduser(path)
+    how = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+    how["local_files_only"] = not os.path.isdir(folder) and not _online()
+    return cached_file(folder, name, **how)
 
 
 def load_model(path, *, dtype, device, trust_remote_code=False, allow_bin=False):
-    """A causal LM of a local folder or hub name, from safetensors, without dropout, in eval mode.
-
-    allow_bin: where there are none, read pickled `.bin` weights (by PyTorch's restricted reader).
-    ValueError, one line that begins with `path`: nothing there, not loadable, offline, or weights
-    missing or of another shape (which would otherwise be drawn at random).
-    """
+    """A causal LM from safetensors (or with allow_bin `.bin`), without dropout, in eval mode.
+    ValueError that begins with `path`: not loadable, weights missing or of another shape."""
     options, trust = {"dtype": dtype}, {"trust_remote_code": trust_remote_code}
     options |= {"use_safetensors": None if allow_bin else True, "output_loading_info": True}
     options |= {"ignore_mismatched_sizes": True, "config": load_config(path, **trust)}
@@ -160,8 +149,7 @@ def _online():
 
 @torch.no_grad()
 def check_sampling(path, model, prompts, max_new_tokens):
-    """ValueError that begins with `path` if `rollout.generate` would refuse the model for these
-    prompts, or if its tokens see later ones, as an encoder's do."""
+    """ValueError that begins with `path` if `rollout.generate` would refuse, or not causal."""
     prompt = prompts[0][:8]
     try:
         check_supported(model, max(map(len, prompts)) + max_new_tokens)
@@ -177,22 +165,19 @@ def check_sampling(path, model, prompts, max_new_tokens):
 
 
 def check_supported(model, longest: int) -> None:
-    """ValueError if config or signature says that sampling or tree attention would silently get
-    the model wrong. Both hand it a 4D mask, position ids and a cache of plain keys and values.
-    longest: tokens of prompt and response."""
+    """ValueError if sampling or tree attention would silently get the model wrong: both hand it a
+    4D mask, position ids and a plain cache. longest: tokens of prompt and response."""
     config, name = model.config.get_text_config(decoder=True), type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder, not a causal LM")
-    implementation = model.config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
-        what = f"attention implementation {implementation!r} takes no 4D mask"
-        raise ValueError(f'{name}: {what}; load the model with attn_implementation="sdpa"')
+    if (kind := model.config._attn_implementation) not in ("sdpa", "eager"):
+        what = f'attention implementation {kind!r} takes no 4D mask; load it with "sdpa"'
+        raise ValueError(f"{name}: {what}")
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise ValueError(f"{name} takes no position ids")
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
-    kinds = set(kinds or ())
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"{name}: layers of types {sorted(kinds)} are not supported")
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ()
+    if set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{name}: layers of types {sorted(set(kinds))} are not supported")
     window = getattr(config, "sliding_window", None)
     sliding = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
     if window and sliding and longest >= window:  # the library's cache keeps window - 1 tokens
@@ -204,8 +189,7 @@ def common_vocabulary(student_tokenizer, teacher_tokenizer) -> int:
     tokenizers = student_tokenizer, teacher_tokenizer
     names = [{i: token for token, i in each.get_vocab().items()} for each in tokenizers]
     size = min(max(by_id) + 1 for by_id in names)
-    wrong = [i for i in range(size) if names[0].get(i) != names[1].get(i)]
-    if wrong:
+    if wrong := [i for i in range(size) if names[0].get(i) != names[1].get(i)]:
         i = wrong[0]
         what = f"{i}, student's {names[0].get(i)!r}, teacher's {names[1].get(i)!r}"
         raise ValueError("--teacher has another tokenizer than --student: "

@@ -1,7 +1,6 @@
 """A student, a teacher and their prompts: everything that can fail without the weights, then the
 weights, the optimizer and its schedule."""
 
-
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -22,15 +21,12 @@ def student_and_teacher(args) -> dict[str, str]:
     for given, folder in ((args.student, world.student), (args.teacher, world.teacher)):
         if given is None:
             toy.require(folder)  # not all come with the repository
-    return {
-        "--student": str(args.student or world.student),
-        "--teacher": str(args.teacher or world.teacher),
-    }
+    student, teacher = args.student or world.student, args.teacher or world.teacher
+    return {"--student": str(student), "--teacher": str(teacher)}
 
 
 def open_pair(args) -> tuple[dict, dict, int]:
-    """What can be said of student and teacher without their weights: tokenizers and configs by
-    flag, and the number of token ids that mean the same to both. ValueError if theirs differ."""
+    """Tokenizers, configs by flag, how many token ids mean the same to both; or ValueError."""
     tokenizers, configs, by_path, trust = {}, {}, {}, {"trust_remote_code": args.trust_remote_code}
     for flag, path in student_and_teacher(args).items():
         try:
@@ -45,11 +41,10 @@ def open_pair(args) -> tuple[dict, dict, int]:
 
 
 def load_prompts(args, tokenizer, path: str | None, split: str, task="dial", **more):
-    """Problems of a file or of the toy world, and their prompts in the student's template, which
-    the teacher reads too: two templates would be two prompts. more: for `open_prompts`."""
+    """`open_prompts`, with `more`, for problems of a file or the toy world: the teacher's, too."""
     if path is not None:
-        answered = {"require_answer": split == "test"}
-        problems = load_problems(path, **answered, skipped=more.get("skipped"))
+        how = {"require_answer": split == "test", "skipped": more.get("skipped")}
+        problems = load_problems(path, **how)
     else:
         count, seed = (args.eval_count, 0) if split == "test" else (4096, args.seed)
         records = toy.problems(count, moves=args.difficulty, split=split, seed=seed, task=task)
@@ -60,8 +55,7 @@ def load_prompts(args, tokenizer, path: str | None, split: str, task="dial", **m
 
 
 def open_prompts(args, tokenizer, problems, configs=None, vocab_size=BIG, day=None, skipped=None):
-    """(problems, prompts) that all models take; ValueError naming the first that one does not take.
-    skipped: a list for these errors, if such problems are to be left out."""
+    """(problems, prompts) that all models take; or ValueErrors, for a list `skipped`."""
 
     def usable(some):
         try:
@@ -80,7 +74,7 @@ def open_prompts(args, tokenizer, problems, configs=None, vocab_size=BIG, day=No
     found = usable(problems)
     if not found:
         raise ValueError(f"--skip-bad-problems leaves no problem; {skipped[0]}")
-    return [problem for problem, _ in found], [prompt for _, prompt in found]
+    return tuple(map(list, zip(*found, strict=True)))
 
 
 def tell_skipped(program: str, skipped) -> None:
@@ -90,8 +84,7 @@ def tell_skipped(program: str, skipped) -> None:
 
 
 def check_prompts(tokenizer, configs, vocab_size: int, problems, prompts, max_new_tokens) -> None:
-    """ValueError that names the first problem whose prompt holds what the models do not share, or
-    does not fit them."""
+    """ValueError naming the first problem that the models do not share or that does not fit."""
     for problem, prompt in zip(problems, prompts, strict=True):
         if max(prompt) >= vocab_size:
             what = f"the prompt holds {tokenizer.decode([max(prompt)])!r}, which is not among the "
@@ -116,8 +109,7 @@ def open_splitter(kind: str) -> tuple[object, str]:
 
 
 def load_models(run, device) -> None:
-    """Put into `run`: the student in float32 (what AdamW needs), the teacher in the type of the
-    matrix products, optimizer and schedule. ValueError that names the model that cannot serve."""
+    """Put into `run`: the student in float32, which AdamW needs, teacher, optimizer, schedule."""
     args, prompts = run.args, sum(run.prompts.values(), [])
     for flag, path in student_and_teacher(args).items():
         is_student = flag == "--student"

@@ -1,8 +1,5 @@
-"""A run from its command line to its result: what `train.py` touches of the harness.
-
-`start` checks everything, meets the other processes, loads, resumes and yields a `Run`; whatever
-then ends the body, it writes down where the run stands and leaves with the right exit code.
-"""
+"""A run from its command line to its result. Whatever ends it, where it stands is written down, and
+the exit code is right."""
 
 import contextlib
 import dataclasses
@@ -25,9 +22,8 @@ import teachability
 from harness import checkpoint, flags, log, pair, signals
 from harness.cli import first_line, tell
 from harness.data import pad_id
-from harness.machine import surroundings
 from harness.processes import Stopwatch, batch_order, gather_objects, my_share, row_generator
-from harness.processes import raise_on_all_ranks, start_processes, sum_over_ranks
+from harness.processes import raise_on_all_ranks, start_processes, sum_over_ranks, surroundings
 
 
 @dataclass
@@ -51,26 +47,23 @@ class Position:
 
     @classmethod
     def of(cls, path: Path):
-        facts, found = checkpoint.read_json(path / "facts.json"), None
+        facts = checkpoint.read_json(path / "facts.json")
         with contextlib.suppress(TypeError, LookupError):
             found = cls(**facts["position"])
-            counts = found.step, found.skipped, found.log_bytes, int(found.evaluated)
-        if found is None or found.step != checkpoint.step_of(path) or not all(
-            type(count) is int and count >= 0 for count in counts
-        ):
-            raise ValueError(f"{path}/facts.json: not the facts of that step of a run")
-        return found
+            counts = found.step, found.skipped, found.log_bytes
+            kinds = {type(count) for count in counts}, type(found.evaluated), min(counts) >= 0
+            if kinds == ({int}, bool, True) and found.step == checkpoint.step_of(path):
+                return found
+        raise ValueError(f"{path}/facts.json: not the facts of that step of a run")
 
 
 class Run:
-    """Everything that one process holds while it trains; harness/__init__.py lists what train.py
-    uses of it. problems, prompts: by "train", "eval", "ood"."""
+    """What one process holds while it trains. problems, prompts: by "train", "eval", "ood"."""
 
     overflow = 0.0  # NaN in a step whose sampling overflowed
 
     def __init__(self, args, origins, needs, rank: int, world: int, day: str | None = None):
-        """All checks that need no weights: tokenizers, problems, prompts, limits. day: that of an
-        earlier start, which templates may print; by default today."""
+        """All checks that need no weights. day: which templates may print, of an earlier start."""
         self.args, self.origins, self.needs = args, origins, needs
         self.rank, self.world = rank, world
         tokenizers, self.configs, self.vocab_size = pair.open_pair(args)
@@ -89,20 +82,18 @@ class Run:
     def load_prompts(self, day: str) -> None:
         """Problems and prompts, of the date `day` if the template prints one."""
         args, self.day, self.skipped = self.args, day, [] if self.args.skip_bad_problems else None
-        toys = args.problems is None and args.eval_problems is None
         files = {"train": (args.problems, "train", "dial")}
         if args.eval_problems is not None or args.problems is None:
             files["eval"] = args.eval_problems, "test", "dial"
-        if args.ood_problems is not None or toys:
+        if args.ood_problems is not None or (args.problems is None and args.eval_problems is None):
             files["ood"] = args.ood_problems, "test", "reverse"
         self.problems, self.prompts = {"eval": [], "ood": []}, {"train": [], "eval": [], "ood": []}
         how = {"configs": self.configs, "vocab_size": self.vocab_size, "skipped": self.skipped,
                "day": datetime.fromisoformat(day)}  # fmt: skip
         for name, which in files.items():
-            self.problems[name], self.prompts[name] = pair.load_prompts(
-                args, self.tokenizer, *which, **how)
+            found = pair.load_prompts(args, self.tokenizer, *which, **how)
+            self.problems[name], self.prompts[name] = found
 
-    # ------------------------------------------------------------------------ rows and processes
     def problems_of(self, step: int) -> tuple[list[int], range]:
         """The problem of every rollout of a step, and which of the rollouts are this process's."""
         args, count = self.args, self.args.prompts_per_step
@@ -111,7 +102,6 @@ class Run:
         return problems, my_share(len(problems), self.rank, self.world)
 
     def prompts_of(self, step: int) -> tuple[list[list[int]], int]:
-        """This process's prompts of a step, and the number of the first in the batch."""
         problems, mine = self.problems_of(step)
         return [self.prompts["train"][problems[row]] for row in mine], mine.start
 
@@ -130,8 +120,7 @@ class Run:
         return row_generator(self.args.seed, stream, first_row, self.args.max_new_tokens)
 
     def skip_overflow(self, generate):
-        """`generate`; where its logits overflow, one token of log-prob NaN for each prompt, and an
-        `overflow` of NaN, so that the step changes no weight."""
+        """`generate`; where logits overflow, a token of log-prob NaN, and no weight changes."""
 
         def sample(model, prompts, **how):
             self.overflow = 0.0
@@ -160,13 +149,10 @@ class Run:
         return torch.autocast(self.args.device, torch.bfloat16, enabled=wanted)
 
     def gradients(self, last: bool):
-        """Around forward and backward: gradients travel between processes on the last one only."""
         return contextlib.nullcontext() if last or self.world == 1 else self.student.no_sync()
 
-    # --------------------------------------------------------------------------------- the loop
     def steps(self):
-        """Step numbers from where the run stands to --steps, that one included: then nothing is
-        left to train, but an evaluation may be due."""
+        """Step numbers up to --steps, that one included: an evaluation may be due then."""
         args, position = self.args, self.position
         hook = self.optimizer.register_step_pre_hook(self.signals.hold)
         self.bar = tqdm(total=args.steps, initial=position.step, desc=args.method, unit="step",
@@ -179,8 +165,8 @@ class Run:
         hook.remove()
 
     def evaluation_due(self, step: int) -> bool:
-        every = self.args.eval_every
-        due = step in (0, self.args.steps) or (every and step % every == 0)
+        every = self.args.eval_every or self.args.steps
+        due = step % every == 0 or step == self.args.steps
         return bool(due and self.problems["eval"] and not self.position.evaluated)
 
     def log_line(self, step: int, loss: float, norm: float, skipped: int, batch, scores) -> dict:
@@ -189,8 +175,8 @@ class Run:
         return log.log_line(step, loss, norm, skipped, sums, self.watch.seconds, self.args)
 
     def write(self, line: dict) -> None:
-        """Append a line to the log and move on; now and then a checkpoint. From the first change of
-        a weight to the end of this, signals wait."""
+        """Log a line; now and then a checkpoint. From the first change of a weight to the end of
+        this, signals wait."""
         self.signals.hold()
         position, args = self.position, self.args
         if "loss" in line:
@@ -216,9 +202,7 @@ class Run:
         self.watch.restart()
 
     def give_up_or_skip(self, step: int, loss: float, norm: float, batch, scores, A_BT, w_BT):
-        """After an update that was left out since loss or gradient was not finite: the last of
-        --max-skipped-steps in a row ends the run. Every process writes its rows to
-        faults/step-<n>-rank<r>.safetensors, and FloatingPointError names the rollouts to blame."""
+        """The last of --max-skipped-steps in a row ends the run, with the batch in faults/."""
         if self.position.skipped + 1 < self.args.max_skipped_steps:
             return
         problems, mine = self.problems_of(step)
@@ -233,16 +217,14 @@ class Run:
         }  # fmt: skip
         name = f"step-{step + 1}-rank{self.rank}.safetensors"
         path = checkpoint.write_fault(Path(self.args.out), name, tensors)
-        who = "the gradient's alone: no rollout stands out"
-        if guilty:
-            who = "rollouts " + ", ".join(f"{r} (problem {problems[r]})" for r in guilty[:8])
-            who += f" and {len(guilty) - 8} more" * (len(guilty) > 8)
+        who = "rollouts " + ", ".join(f"{r} (problem {problems[r]})" for r in guilty[:8])
+        who += f" and {len(guilty) - 8} more" * (len(guilty) > 8)
+        who = who if guilty else "the gradient's alone: no rollout stands out"
         raise FloatingPointError(
             f"step {step + 1}: loss {loss}, gradient norm {norm}, the last of "
             f"{self.position.skipped + 1} such steps in a row; {who}; the batch is in {path}"
         )
 
-    # -------------------------------------------------------------------------- folder and resume
     def describe(self) -> dict:
         return {
             "flags": vars(self.args), "origins": self.origins,
@@ -263,12 +245,11 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def find_resume(self, out: Path, config: dict | None):
-        """What `begin_folder` goes on from, (config, checkpoint or None, torn ones); None: nothing.
-        ValueError: that run has other flags or other problems, or is beyond --steps."""
+        """(config, checkpoint or None, torn ones) to go on from, or None; or ValueError."""
         if config is None:
             return None
         if config.get("problems_sha256") is None:
-            raise ValueError(f"--resume: {out} is a run of before, without problems_sha256")
+            raise ValueError(f"--resume: {out} is of an earlier version, without problems_sha256")
         changed = checkpoint.changed_flags(config, vars(self.args), flags.MAY_CHANGE)
         if changed:
             raise ValueError(f"--resume: {out} is a run with other flags: {'; '.join(changed)}")
@@ -293,8 +274,7 @@ class Run:
             raise ValueError(f"{path}: {first_line(error)}") from error
 
     def begin_folder(self, claim, resume) -> None:
-        """Write the config of a new run, or into the one of an old run where it goes on, before
-        which nothing in the folder is touched; tell what may make that another run."""
+        """Write the config: nothing in the folder is touched before."""
         now, (config, *found) = self.describe(), resume or (None, None)
         pair.tell_skipped("train.py", self.skipped)
         if config is None:
@@ -310,8 +290,8 @@ class Run:
             if config.get(name) != now[name] and name != "started":
                 what = f"--resume: {name} {config.get(name)!s:.200}, now {now[name]}"
                 tell("train.py", f"{what}: the run may go on otherwise than it would have")
-        config["resumed"] = [*config.get("resumed", []), resumed]
         changed = {"flags": now["flags"], "origins": now["origins"]}
+        changed["resumed"] = [*config.get("resumed", []), resumed]
         checkpoint.write_json(claim.out / "config.json", config | changed)
         where = f"from {path}" if path else f"{claim.out} from the beginning: no whole checkpoint"
         tell("train.py", f"resuming {where}")
@@ -342,11 +322,7 @@ class Run:
 
 @contextlib.contextmanager
 def start(argv, tables, methods, presets, needs):
-    """Check everything, load, yield a `Run`; afterwards save the result and leave.
-
-    tables, methods, presets: as in `flags.parse`. needs: function args -> `Needs`; its ValueErrors
-    are bad input.
-    """
+    """Check everything, load, yield a `Run`; save the result and leave. needs: args -> `Needs`."""
     parser, args, origins = flags.parse("train.py", tables, methods, presets, argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -381,8 +357,7 @@ def start(argv, tables, methods, presets, needs):
 
 
 def open_run(args, origins, needs, interruptions, claim) -> Run:
-    """Checks that need no weights; then the processes meet and hear of each other's errors; then
-    weights, the checkpoint to go on from, the run folder. ValueError: bad input."""
+    """What needs no weights; errors of all processes; weights, checkpoint, folder."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out, run, resume, error, config = claim.out, None, None, None, None
     try:
@@ -416,8 +391,7 @@ def open_run(args, origins, needs, interruptions, claim) -> Run:
 
 @contextlib.contextmanager
 def written_down(run: Run):
-    """Keep the log open; whatever ends the body early, rank 0 first writes a checkpoint of the last
-    line of the log."""
+    """Keep the log open; whatever ends the body early, first a checkpoint is written."""
     out, position = Path(run.args.out), run.position
     run.log = log.Log(out, position.log_bytes) if run.rank == 0 else None
     position.random = position.random or gather_objects(checkpoint.random_state())

@@ -34,7 +34,6 @@ class Stream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        """All at once: nothing is left for the end of the program."""
         try:
             self.stream.write(text)
             self.stream.flush()
@@ -48,9 +47,7 @@ STOPS = {"SIGTERM", "SIGINT", "SIGHUP"} & {number.name for number in signal.Sign
 class Interruptions:
     """STOPS become a `Stop` wherever the program is, but not between `hold` and `release`, where
     there may be weights without their line in the log: there they wait. The first counts. One that
-    was ignored when the program began, as Ctrl-C is in a background job and SIGHUP behind nohup,
-    stays ignored, and so does a terminal that has gone. A context manager, for the main thread.
-    """
+    was ignored at the start (Ctrl-C in a background job, SIGHUP behind nohup) stays ignored."""
 
     def __init__(self):
         self.number, self.held, self.before = None, False, {}
@@ -86,8 +83,7 @@ class Interruptions:
 
 
 def end_when_told(out: Path | None, stop: Stop) -> int:
-    """After SIGTERM, Ctrl-C or SIGHUP: say how to go on; returns the exit code. out: None if the
-    run has not begun."""
+    """After a signal: say how to go on; the exit code. out: None if the run has not begun."""
     rank = int(os.environ.get("RANK", 0))
     if rank == 0:
         path = checkpoint.last_written(out) if out else None
@@ -99,8 +95,7 @@ def end_when_told(out: Path | None, stop: Stop) -> int:
 
 
 def end_with_error(out: Path | None, error: Exception) -> int:
-    """After an error: the process in which it happened says so, on stderr and for the others in
-    faults/; the others, which only lost contact, name that one. Returns the exit code."""
+    """After an error: the process in which it happened says so, the others name that one."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     text = f"{type(error).__name__}: {error}"
     lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)
