@@ -191,6 +191,9 @@ def replace_folder(out: Path, name: str, fill) -> None:
         _remove(old)
 
 
+_put = replace_folder
+
+
 class Checkpoint(NamedTuple):
     groups: dict[str, dict[str, torch.Tensor]]
     facts: dict
@@ -214,7 +217,7 @@ def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> 
         folder.mkdir(exist_ok=True)
         if target.is_symlink() or not target.exists() or what_is_torn(target):
             _remove(*folder.glob("step-*.partial"))
-            replace_folder(folder, target.name, fill)
+            _put(folder, target.name, fill)
         _remove(*_steps(folder)[:-keep])
     return target
 
@@ -348,8 +351,8 @@ def _kinds(value):
     """Of JSON everything but the values; whole numbers count as others."""
     if isinstance(value, dict):
         return {key: _kinds(item) for key, item in value.items()}
-    items = isinstance(value, list)
-    return [*map(_kinds, value)] if items else type(value) in (int, float) or value
+    is_list = isinstance(value, list)
+    return [*map(_kinds, value)] if is_list else type(value) in (int, float) or value
 
 
 def _steps(folder: Path) -> list[Path]:

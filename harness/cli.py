@@ -59,8 +59,8 @@ class Parser(argparse.ArgumentParser):
 
 def tell(program: str, message) -> None:
     """One line on stderr, whatever the message holds: nothing in it can steer a terminal."""
-    line = " ".join(str(message).split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    text = " ".join(str(message).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     print(f"{program}: {line}", file=sys.stderr, flush=True)
 
 

@@ -203,11 +203,10 @@ def stop_ids(*sources):
 
 def pad_id(tokenizer):
     """The pad token's id, else the EOS token's (masks, not ids, tell padding); or ValueError."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return token_id
-    name = getattr(tokenizer, "name_or_path", "")
-    raise ValueError(f"{name}: the tokenizer has neither a pad nor an EOS token")
+    pad, name = tokenizer.pad_token_id, getattr(tokenizer, "name_or_path", "")
+    if pad is None and tokenizer.eos_token_id is None:
+        raise ValueError(f"{name}: the tokenizer has neither a pad nor an EOS token")
+    return tokenizer.eos_token_id if pad is None else pad
 
 
 def download_punkt(seconds=60):

@@ -2,8 +2,7 @@
 
 A row of a table is (flag, default, limits or choices, help). The later overrides the earlier: the
 default, `--preset`, the row of METHODS that `--method` names, the command line; what is left open
-is worked out. Whatever is wrong ends with exit code 2 and one line that names the flag.
-"""
+is worked out. Whatever is wrong ends with exit code 2 and one line that names the flag."""
 
 import argparse
 import os
@@ -132,9 +131,7 @@ def parse(program, tables, methods, presets, argv=None):
 
 def left_open(parser, args, origins) -> dict:
     """What toy problems and the machine decide where the user did not."""
-    found = {}
-    if args.difficulty is None:
-        found["difficulty"] = toy.world(args.toy).moves
+    found = {"difficulty": toy.world(args.toy).moves} if args.difficulty is None else {}
     if args.problems is None and origins.get("max_new_tokens") == "default":
         found["max_new_tokens"] = toy.response_limit(found.get("difficulty", args.difficulty))
     if args.device is None:

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from harness.checkpoint import lock, name_the_path
-from harness.cli import open_regular, parse_json
+from harness.cli import MOST_BYTES, open_regular, parse_json
 
 FLAT = 1e-3  # a deviation of confidences that a 16-bit teacher cannot tell from 0
 ACCURACY = ("step {step}: mean@{samples} {accuracy:.3f}, 95% interval {accuracy_low:.3f} to "
@@ -23,7 +23,7 @@ def read_log(out: Path, keep: int) -> list[dict]:
     """The lines in the first `keep` bytes of log.jsonl; ValueError that names what is none."""
     path = Path(out) / "log.jsonl"
     size = path.stat().st_size if path.exists() else 0
-    if size < keep:
+    if not keep <= size <= keep + MOST_BYTES:
         raise ValueError(f"{path} has {size} bytes; it had {keep} when the checkpoint was written")
     lines = []
     with open_regular(path) if keep else io.BytesIO() as file:

@@ -92,8 +92,7 @@ def _file(path, name: str) -> str | None:
 
 
 def load_model(path, *, dtype, device, trust_remote_code=False, allow_bin=False):
-    """A causal LM from safetensors (or with allow_bin `.bin`), without dropout, in eval mode.
-    ValueError that begins with `path`: not loadable, weights missing or of another shape."""
+    """A causal LM from safetensors (or with allow_bin `.bin`), without dropout; or ValueError."""
     options, trust = {"dtype": dtype}, {"trust_remote_code": trust_remote_code}
     options |= {"use_safetensors": None if allow_bin else True, "output_loading_info": True}
     options |= {"ignore_mismatched_sizes": True, "config": load_config(path, **trust)}
@@ -165,8 +164,7 @@ def check_sampling(path, model, prompts, max_new_tokens):
 
 
 def check_supported(model, longest: int) -> None:
-    """ValueError if sampling or tree attention would silently get the model wrong: both hand it a
-    4D mask, position ids and a plain cache. longest: tokens of prompt and response."""
+    """ValueError if sampling or tree attention would silently get wrong so many tokens."""
     config, name = model.config.get_text_config(decoder=True), type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder, not a causal LM")

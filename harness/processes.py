@@ -113,8 +113,7 @@ def gather_objects(value) -> list:
 
 
 def raise_on_all_ranks(work, error=None):
-    """A ValueError in all processes, with the rank, if `work()` raises in one, or that has an
-    `error`: nobody waits for one that has left."""
+    """A ValueError in all processes if `work()` raises in one, or that has an `error`."""
     try:
         work()
     except (ValueError, OSError) as caught:

@@ -70,8 +70,8 @@ class Run:
         self.tokenizer = tokenizers["--student"]
         for name, count in needs.candidates.items():
             if count > self.vocab_size:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} {count} exceeds the vocabulary of {self.vocab_size}")
+                flag = f"--{name.replace('_', '-')} {count}"
+                raise ValueError(f"{flag} exceeds the vocabulary of {self.vocab_size}")
         self.load_prompts(day or date.today().isoformat())
         self.splitter, self.splitter_name = None, None
         if needs.sentences:
@@ -220,10 +220,9 @@ class Run:
         who = "rollouts " + ", ".join(f"{r} (problem {problems[r]})" for r in guilty[:8])
         who += f" and {len(guilty) - 8} more" * (len(guilty) > 8)
         who = who if guilty else "the gradient's alone: no rollout stands out"
-        raise FloatingPointError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}, the last of "
-            f"{self.position.skipped + 1} such steps in a row; {who}; the batch is in {path}"
-        )
+        what = f"step {step + 1}: loss {loss}, gradient norm {norm}, the last of "
+        what += f"{self.position.skipped + 1} such steps in a row; {who}; the batch is in {path}"
+        raise FloatingPointError(what)
 
     def describe(self) -> dict:
         return {
@@ -239,8 +238,8 @@ class Run:
 
     def fingerprint(self) -> str:
         """SHA-256 of all problems and of the chat template, which are the same on every day."""
-        content = [[[problem["messages"], problem["answer"]] for problem in self.problems[name]]
-                   for name in self.prompts]  # fmt: skip
+        kinds = [self.problems[name] for name in self.prompts]
+        content = [[[one["messages"], one["answer"]] for one in problems] for problems in kinds]
         text = json.dumps([content, self.tokenizer.chat_template])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -250,8 +249,7 @@ class Run:
             return None
         if config.get("problems_sha256") is None:
             raise ValueError(f"--resume: {out} is of an earlier version, without problems_sha256")
-        changed = checkpoint.changed_flags(config, vars(self.args), flags.MAY_CHANGE)
-        if changed:
+        if changed := checkpoint.changed_flags(config, vars(self.args), flags.MAY_CHANGE):
             raise ValueError(f"--resume: {out} is a run with other flags: {'; '.join(changed)}")
         if config["problems_sha256"] != self.fingerprint():
             what = "files or chat template have changed"

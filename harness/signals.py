@@ -15,8 +15,8 @@ from harness.cli import complain
 NONFINITE = "non-finite logits while sampling"  # what rollout.generate says
 
 
-class Stop(BaseException):
-    """A signal asked the process to end; no `except Exception` on its way up may swallow it."""
+class Stop(BaseException):  # which no `except Exception` on its way up may swallow
+    """A signal asked the process to end."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -45,9 +45,8 @@ STOPS = {"SIGTERM", "SIGINT", "SIGHUP"} & {number.name for number in signal.Sign
 
 
 class Interruptions:
-    """STOPS become a `Stop` wherever the program is, but not between `hold` and `release`, where
-    there may be weights without their line in the log: there they wait. The first counts. One that
-    was ignored at the start (Ctrl-C in a background job, SIGHUP behind nohup) stays ignored."""
+    """STOPS become a `Stop` wherever the program is, but wait between `hold` and `release`, where
+    weights may lack their line in the log. The first counts. What was ignored stays ignored."""
 
     def __init__(self):
         self.number, self.held, self.before = None, False, {}
