@@ -15,7 +15,7 @@ from properties import NAN, prop, seeded, seeds
 from harness import checkpoint
 from harness.log import Log, read_log
 from harness.processes import raise_on_all_ranks
-from harness.signals import STOPS, Interruptions, Stop
+from harness.signals import STOPS, Interruptions, Stop, Stream
 
 # ---------------------------------------------------------------------------------- a run's folder
 names = st.text("abcdefgh_", min_size=1, max_size=5)
@@ -122,6 +122,16 @@ def test_any_optimizer_goes_on_bit_for_bit(seed, lr, betas, kind, before):
     train_on(two, 3)
     assert torch.equal(one[0].weight, two[0].weight) and torch.equal(one[0].bias, two[0].bias)
     assert one[2].get_last_lr() == two[2].get_last_lr()
+
+
+@prop("harness.Stream", examples=20, texts=st.lists(st.text("ab\n", min_size=1), min_size=1))
+def test_a_stream_that_fails_ends_nothing(texts):
+    with tempfile.NamedTemporaryFile("w+") as good, open("/dev/full", "w") as full:
+        for text in texts:
+            Stream(good).write(text)
+            Stream(full).write(text)
+        full.flush()  # into nothing
+        assert Path(good.name).read_text() == "".join(texts)
 
 
 @prop("harness.Interruptions", "harness.Stop", examples=60,
