@@ -190,6 +190,7 @@ def make_parser():
     add("--threads", type=number(int, 1, MOST_THREADS), help="CPU threads; one is best for toys")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model")
     add("--allow-bin", action="store_true", help="read pickled weights where there are no others")
+    add("--skip-bad-problems", action="store_true", help="leave out what of a file is no use")
     add("--out", type=path_name, metavar="FILE", help="JSON with everything; must not exist")
     return parser
 
@@ -215,17 +216,18 @@ def parse_arguments(argv=None):
     return args
 
 
-def _open_model(args, path, problems):
+def _open_model(args, path, problems, skipped):
     """A model and what `sample_answers` needs with it; the weights are read last."""
     trust = {"trust_remote_code": args.trust_remote_code}
     tokenizer, config = harness.load_tokenizer(path, **trust), harness.load_config(path, **trust)
-    prompts = harness.render_prompts(tokenizer, problems, thinking=args.thinking)
-    harness.check_fit(config, problems, prompts, args.max_new_tokens)
+    how = {"configs": {path: config}, "skipped": skipped}
+    problems, prompts = harness.open_prompts(args, tokenizer, problems, **how)
+    harness.check_tokens({path: config}, tokenizer)
     how = {"dtype": getattr(torch, args.dtype), "device": args.device, "allow_bin": args.allow_bin}
     model = harness.load_model(path, **how, **trust)
     harness.check_sampling(path, model, prompts, args.max_new_tokens)
     return {
-        "model": model, "tokenizer": tokenizer, "prompts": prompts,
+        "model": model, "tokenizer": tokenizer, "problems": problems, "prompts": prompts,
         "stop_ids": harness.stop_ids(model, tokenizer), "pad_id": harness.pad_id(tokenizer),
         "decode": harness.fast_decode,
         "vocab_size": min(len(tokenizer), config.get_text_config(decoder=True).vocab_size),
@@ -240,9 +242,9 @@ def run(args):
         harness.check_new_file("--out", args.out)
     harness.check_device(args.device)
     world = toy.world(args.toy) if args.toy else None
-    paths = {"model": args.model}
+    paths, skipped = {"model": args.model}, [] if args.skip_bad_problems else None
     if args.problems:
-        problems = harness.load_problems(args.problems)[: args.count]
+        problems = harness.load_problems(args.problems, skipped=skipped)[: args.count]
     else:
         records = toy.problems(args.count, moves=args.difficulty, split="test")
         problems = harness.from_records(records, f"toy {args.toy}")
@@ -250,17 +252,20 @@ def run(args):
         paths = {"student": world.student, "teacher": world.teacher}
         for path in paths.values():
             toy.require(path)  # not all come with the repository
-    opened = {name: _open_model(args, path, problems) for name, path in paths.items()}
+    opened = {name: _open_model(args, path, problems, skipped) for name, path in paths.items()}
+    harness.tell_skipped("evaluate.py", skipped)
     how = {"samples": args.samples, "max_new_tokens": args.max_new_tokens,
            "temperature": args.temperature, "batch_size": args.batch_size}  # fmt: skip
     result = {"settings": vars(args), **harness.surroundings(args.device), "models": {}}
+    result["skipped_problems"] = len(skipped or ())
     result["hardware"] = result.pop("device")  # the settings have a device, too
     print("model    mean@n           95%  pass@n  truncated  unparseable  tokens")
     row = "{:8} {accuracy:6.3f}  {accuracy_low:.3f}-{accuracy_high:.3f}  {pass_at_n:6.3f}  "
     row += "{truncated:9.3f}  {unparseable:11.3f}  {mean_tokens:6.1f}"
     for name, path in paths.items():
         how["generator"] = torch.Generator().manual_seed(args.seed)
-        records = sample_answers(problems=problems, **opened.pop(name), **how)
+        problems = opened[name]["problems"]
+        records = sample_answers(**opened.pop(name), **how)
         summary = summarise(records, seed=args.seed, uncertain=world.uncertain if world else "")
         answered = [p | {"samples": r} for p, r in zip(problems, records, strict=True)]
         result["models"][name] = {"path": str(path), "summary": summary, "problems": answered}

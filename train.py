@@ -157,7 +157,7 @@ def sample(run, step: int):
     """1: this process's rollouts of a step, and the number of the first in the whole batch."""
     args, (prompts, first_row) = run.args, run.prompts_of(step)
     with run.autocast(), harness.sampling_bar(len(prompts), show=run.rank == 0, delay=2) as moved:
-        batch = rollout.generate(
+        batch = run.skip_overflow(rollout.generate)(
             run.model, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
             eos_ids=run.stop_ids, pad_id=run.pad_id, vocab_size=run.vocab_size, decode=run.decode,
             top_k=max(run.needs.candidates.values(), default=1), batch_size=args.sample_batch,
@@ -298,7 +298,7 @@ def update(run, batch, scores, A_BT, w_BT) -> tuple[float, float, bool]:
         local += loss.item()
     limit = run.args.clip_grad or math.inf
     norm = torch.nn.utils.clip_grad_norm_(run.student.parameters(), limit).item()
-    (loss,) = run.sum([local])
+    (loss,) = run.sum([local + run.overflow])
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         run.optimizer.step()

@@ -1,6 +1,7 @@
 """The command `python -m diagnose`: its flags, what can fail without the weights, the run."""
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from harness import ANY, BIG, COUNT, MANY, POSITIVE
 # Flags that train.py has, too: the harness's, and those of the methods (a test compares them).
 SHARED = (
     "--toy --student --teacher --problems --difficulty --max-new-tokens --temperature --thinking "
-    "--splitter --device --dtype --threads --trust-remote-code --allow-bin --seed"
+    "--splitter --device --dtype --threads --trust-remote-code --allow-bin --skip-bad-problems "
+    "--seed"
 ).split()
 METHODS = [
     ("--margin-top-k", 4, (2, MANY), "student candidates that the margin looks at"),
@@ -106,14 +108,12 @@ def short(path) -> str:
 def check_out(out) -> None:
     """ValueError unless nothing is there yet, or an earlier report, which will be moved aside."""
     out = Path(out)
-    harness.check_creatable("--out", out)
     if out.is_dir() and any(out.iterdir()) and not (out / "report.json").is_file():
         raise ValueError(f"--out {out} holds files that are no diagnosis; name another folder")
 
 
 def prepare(args) -> Job:
     """Everything that can fail without the weights."""
-    check_out(args.out)
     paths = harness.student_and_teacher(args)
     tokenizers, configs, vocab_size = harness.open_pair(args)
     trust = {"trust_remote_code": args.trust_remote_code}
@@ -125,19 +125,23 @@ def prepare(args) -> Job:
         except ValueError as error:
             raise ValueError(f"--compare {path}: {error}") from None
         vocab_size = min(vocab_size, shared, configs[path].vocab_size)
+        harness.check_tokens({path: configs[path]}, tokenizers["--student"])
         paths[path] = path
     if args.top_k > vocab_size:
         raise ValueError(f"--top-k {args.top_k} exceeds the vocabulary of {vocab_size}")
     tokenizer = tokenizers["--student"]
+    skipped = [] if args.skip_bad_problems else None
     if args.problems is not None:
-        problems = harness.load_problems(args.problems, require_answer=False)[: args.count]
+        answers = {"require_answer": False, "skipped": skipped}
+        problems = harness.load_problems(args.problems, **answers)[: args.count]
     else:
         records = toy.problems(args.count, moves=args.difficulty, split="test")
         problems = harness.from_records(records, where="toy")
+    how = {"configs": configs, "vocab_size": vocab_size, "skipped": skipped}
+    problems, prompts = harness.open_prompts(args, tokenizer, problems, **how)
     if len(problems) < 2:
         raise ValueError(f"{args.problems}: one problem gives no errors; at least two are needed")
-    prompts = harness.render_prompts(tokenizer, problems, thinking=args.thinking)
-    harness.check_prompts(tokenizer, configs, vocab_size, problems, prompts, args.max_new_tokens)
+    harness.tell_skipped("diagnose", skipped)
     splitter, splitter_name = harness.open_splitter(args.splitter)
     return Job(
         args=args, paths=paths, tokenizer=tokenizer, splitter=splitter, splitter_name=splitter_name,
@@ -178,7 +182,14 @@ def run(args) -> dict:
     """Measure as told, write the report, and return it."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    job = prepare(args)
+    with contextlib.closing(harness.Claim(args.out)) as claim:
+        claim.take()
+        check_out(args.out)
+        return measure(args, prepare(args), claim)
+
+
+def measure(args, job: Job, claim) -> dict:
+    """The same, of what can fail only with the weights, and with a folder that is claimed."""
     job.teacher = load(job, job.paths["--teacher"]).requires_grad_(False)
     student = load(job, job.paths["--student"])
     job.options = probing.Options(
@@ -194,7 +205,7 @@ def run(args) -> dict:
     except ValueError as error:
         job.lookahead = harness.first_line(error)
     out = Path(args.out)
-    harness.make_folder(out)
+    claim.begin()
     job.teacher_rows = probing.sample(
         job.teacher, job.prompts, job.options, max_new_tokens=args.max_new_tokens, seed=args.seed,
         desc="teacher answers",

@@ -2,8 +2,7 @@
 
 What train.py touches:
 
-    start(argv, FLAGS, METHODS, PRESETS, needs)   checks, processes, models, folder, resume; yields
-                                                  a run, then saves the result and leaves
+    start(argv, FLAGS, METHODS, PRESETS, needs)   checks and loads all, yields a run, saves it
     Needs                                         what the methods read
     ANY, COUNT, POSITIVE, SHARE                   limits of flags
     micro_batches(mask_BT, args)                  rows of similar length: yields (rows, columns)
@@ -19,6 +18,7 @@ and of the run:
     steps(), evaluation_due(step), write(line)    the loop: its numbers, the log, checkpoints
     prompts_of(step)                              this process's prompts, number of the first row
     sentences(batch)                              of every response, if a mask asks for them
+    skip_overflow(generate), overflow             overflow while sampling: no weight changes
     generator(stream, first_row)                  random numbers that do not depend on processes
     sum(values), gather(rows)                     over all processes
     autocast(), gradients(last)                   around forward and backward
@@ -27,22 +27,22 @@ and of the run:
 A signal (SIGTERM, Ctrl-C, SIGHUP) ends a run at once, in the middle of sampling too, except between
 the first change of a weight and the line in the log: there it waits, so that a checkpoint always
 belongs to the last line. Files: cli, flags, data, models, pair, processes, run, log, checkpoint,
-signals, machine.
+signals.
 """
 
 from fast.decode import decode as fast_decode
-from harness.checkpoint import make_folder, write_json
+from harness.checkpoint import Claim, write_json
 from harness.cli import BIG, MANY, MOST_THREADS, TINY, Parser, check_creatable, check_new_file
 from harness.cli import complain, first_line, number, path_name, write_new_file
 from harness.data import check_fit, download_punkt, from_records, load_problems, pad_id
 from harness.data import render_prompts, stop_ids
 from harness.flags import ANY, COUNT, MACHINE, POSITIVE, SHARE, add_flags, defaults, left_open
 from harness.log import sampling_bar
-from harness.machine import check_device, surroundings
-from harness.models import check_head, check_sampling, check_supported, common_vocabulary
-from harness.models import load_config, load_model, load_tokenizer
-from harness.pair import StudentLogProbs, check_prompts, open_pair, open_splitter
-from harness.pair import student_and_teacher
+from harness.models import check_head, check_sampling, check_supported, check_tokens
+from harness.models import common_vocabulary, load_config, load_model, load_tokenizer
+from harness.pair import StudentLogProbs, check_prompts, open_pair, open_prompts, open_splitter
+from harness.pair import student_and_teacher, tell_skipped
 from harness.processes import CONTROL_STREAM, EVALUATION_STREAM, Stopwatch, batch_order
-from harness.processes import gather_objects, micro_batches, my_share, row_generator
+from harness.processes import check_device, gather_objects, micro_batches, my_share
+from harness.processes import row_generator, surroundings
 from harness.run import Needs, Run, start

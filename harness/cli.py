@@ -1,20 +1,23 @@
-"""Command lines and names of files, checked on their way in.
-
-Whatever is wrong is an exit with code 2, or a ValueError, of one line that names the flag or value.
-"""
+"""Command lines, names of files and JSON, checked on their way in. Whatever is wrong is exit code
+2, or a ValueError, and one line that names flag, file or value."""
 
 import argparse
 import contextlib
 import errno
+import json
 import os
 import re
+import stat
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 BIG, TINY = 1e18, 1e-30  # "finite" and "positive"
 MANY = 10**6  # prompts or samples: more would run out of memory or time before anything happens
 MOST_THREADS = 1024  # beyond what the system grants, PyTorch aborts the process
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has none
+MOST_BYTES = 2**30  # of a file that is read as a whole
 
 
 def number(kind: type, low: float, high: float = BIG):
@@ -49,31 +52,32 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, printed once however many processes run."""
 
     def error(self, message: str):
-        """Print the message on rank 0 and leave with exit code 2."""
         if os.environ.get("RANK", "0") == "0":
             complain(self.prog.split()[-1], message)  # of `python -m NAME` the name
         sys.exit(2)
 
 
-def complain(program: str, message) -> None:
+def tell(program: str, message) -> None:
     """One line on stderr, whatever the message holds: nothing in it can steer a terminal."""
-    line = " ".join(str(message).split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    print(f"{program}: error: {line}", file=sys.stderr, flush=True)
+    text = " ".join(str(message).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    print(f"{program}: {line}", file=sys.stderr, flush=True)
+
+
+def complain(program: str, message) -> None:
+    tell(f"{program}: error", message)
 
 
 def check_creatable(flag: str, path) -> None:
-    """ValueError unless something could be created at `path`, which need not have a parent yet, or
-    in the folder that is there; leaves no trace."""
+    """ValueError unless something can be created at `path`, or in a folder there; no trace."""
     path = Path(path)
     try:
         if any(len(os.fsencode(part)) > 255 for part in path.parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(path)  # the whole of the name may be too long
-        parents = path.absolute().parents
-        folder = next(folder for folder in (path, *parents) if os.path.lexists(folder))
-        os.rmdir(tempfile.mkdtemp(dir=folder))
+        folder = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+        os.rmdir(tempfile.mkdtemp(dir=folder, suffix=".partial"))
     except (OSError, ValueError) as error:  # NUL is a ValueError
         why = getattr(error, "strerror", None) or error
         raise ValueError(f"{flag} {str(path):.200} cannot be written: {why}") from None
@@ -99,8 +103,43 @@ def write_new_file(path: str, text: str) -> None:
             raise
 
 
+def open_regular(path):
+    """A file to be read as bytes; OSError of a pipe or a device, which may never end."""
+    file = open(path, "rb", opener=lambda name, how: os.open(name, how | NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_json(path):
+    """A file of JSON. FileNotFoundError; else a ValueError that begins with the path."""
+    try:
+        with open_regular(path) as file:
+            return parse_json(file.read(MOST_BYTES), path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+
+
+def parse_json(data: bytes, where):
+    """JSON; ValueError that begins with `where`. Readers disagree about a key that comes twice."""
+
+    def unique(pairs):
+        if len(found := dict(pairs)) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"the key {twice!r:.60} comes twice")
+        return found
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        kind = "not UTF-8" if isinstance(error, UnicodeError) else "malformed JSON"
+        raise ValueError(f"{where}: {kind}: {error}") from error
+
+
 def first_line(error):
-    """First line of a message, for errors that come as a wall of text, and the next one where it
-    ends in a colon."""
+    """First line of a message that is a wall of text, and the next one if it ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__

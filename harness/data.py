@@ -1,42 +1,41 @@
-"""Problem files and prompts, checked on their way in.
-
-Whatever is wrong is a ValueError of one line that names the file and line. Text is never evaluated,
-and control tokens inside it are refused: a problem cannot end the user's turn.
-"""
+"""Problem files and prompts, checked on their way in: a ValueError of one line names file and line.
+Text is never evaluated, and control tokens in it are refused: a problem cannot end its turn."""
 
 import contextlib
 import io
 import itertools
-import json
 import math
 import numbers
-import os
 import re
 import threading
 from collections import Counter
 
 import nltk
 
-from harness.cli import first_line
+from harness.cli import BIG, first_line, open_regular, parse_json
 
 LONGEST_LINE = 2**26  # bytes; a file of any size is read line by line
+# A template's clock that tells a fixed date, of these parts
+PARTS = [f"%{c}" for c in (*"aAbBcdDeFGHIjmMpRSTuUVwWxXyYzZ", "-d", "-m", "-H", "-I")]
+CLOCK = """{%- macro strftime_now(format) -%}{%- set told = namespace(text=format) -%}
+    {%- for part, text in clock.items() -%}{%- set told.text = told.text.replace(part, text) -%}
+    {%- endfor -%}{{ told.text }}{%- endmacro -%}"""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def load_problems(path, *, require_answer=True):
+def load_problems(path, *, require_answer=True, skipped=None):
     """Problems of a JSONL file: [{"messages": [..], "answer": str or None, "where": "path:line"}].
-
-    Blank lines are skipped. ValueError naming file and line for anything else that is no problem.
-    """
+    Blank lines are skipped; else ValueErrors name file and line, for a list `skipped` if given."""
     problems = []
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
+            where = f"{path}:{number}"
             try:
-                record = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-                kind = "not UTF-8" if isinstance(error, UnicodeError) else "malformed JSON"
-                raise ValueError(f"{path}:{number}: {kind}: {error}") from error
-            problems.append(_problem(record, f"{path}:{number}", require_answer))
+                problems.append(_problem(parse_json(line, where), where, require_answer))
+            except ValueError as error:
+                if skipped is None:
+                    raise
+                skipped.append(str(error))
     if not problems:
         raise ValueError(f"{path}: no problems in this file")
     return problems
@@ -45,10 +44,7 @@ def load_problems(path, *, require_answer=True):
 def _lines(path):
     """The lines of a regular file, in bytes, without a byte order mark; ValueError naming it."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe or device may never end
-            kind = "is a directory" if os.path.isdir(path) else "not a regular file"
-            raise ValueError(f"{path}: cannot read problems: {kind}")
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for number in itertools.count(1):
                 line = file.readline(LONGEST_LINE + 1)
                 if not line:
@@ -58,15 +54,6 @@ def _lines(path):
                 yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
     except OSError as error:
         raise ValueError(f"{path}: cannot read problems: {error.strerror or error}") from error
-
-
-def _object(pairs):
-    """A JSON object; ValueError when a key comes twice: readers disagree about which one counts."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice!r:.60} comes twice")
-    return found
 
 
 def from_records(records, where, *, require_answer=True):
@@ -112,128 +99,119 @@ def _check_text(value, what):
         raise ValueError(f"{what} holds half of a surrogate pair, which is not text")
 
 
-def render_prompts(tokenizer, problems, *, thinking=False):
+def render_prompts(tokenizer, problems, *, thinking=False, day=None):
     """Token ids of every problem's prompt, up to where the model begins to answer: list of lists.
 
-    Through the tokenizer's chat template, with `enable_thinking=thinking`. Without a template: the
-    messages' contents, a blank line after each, and the tokenizer's special tokens but an EOS.
+    Through the chat template, with `enable_thinking=thinking`, and the date `day` where it prints
+    today's. Without one: the messages, a blank line after each, and special tokens but an EOS.
     ValueError, naming the problem, when its text holds a control token (`<|im_end|>` would end the
     user's turn; plain added tokens such as `<think>` pass) or becomes one next to the template's,
-    cannot be spelled by the tokenizer, is refused by the template, or renders to nothing.
+    cannot be spelled, is refused by the template, or renders to nothing.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
     # unk tells unknown text only where it is a token of its own
     shared = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     unknown = None if tokenizer.unk_token_id in shared else tokenizer.unk_token_id
+    special.discard(unknown)
+    how, template = {"enable_thinking": thinking}, tokenizer.chat_template
+    if day is not None and isinstance(template, str) and "strftime_now" in template:
+        how |= {"chat_template": CLOCK + template, "clock": {c: day.strftime(c) for c in PARTS}}
 
     def insides(chats):  # what the tokenizer makes of the bare text decides, not a list of strings
         texts = [message["content"] for messages in chats for message in messages]
         parts = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
         return [[i for _ in messages for i in next(parts)] for messages in chats]
 
-    def whole(chats):
-        if tokenizer.chat_template is None:
-            texts = ["".join(m["content"] + "\n\n" for m in messages) for messages in chats]
-            found = tokenizer(texts)["input_ids"]
-            return [x[:-1] if x and x[-1] == tokenizer.eos_token_id else x for x in found]
-        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
-        texts = tokenizer.apply_chat_template(chats, **how)
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    def texts_of(chats):
+        if template is None:
+            return ["".join(m["content"] + "\n\n" for m in messages) for messages in chats]
+        options = {"tokenize": False, "add_generation_prompt": True}
+        return tokenizer.apply_chat_template(chats, **options, **how)
 
-    def glued(ids):
-        return Counter(i for i in ids if i in special and i != unknown)
+    def whole(chats):
+        found = tokenizer(texts_of(chats), add_special_tokens=template is None)["input_ids"]
+        end = tokenizer.eos_token_id if template is None else None
+        return [x[:-1] if x and x[-1] == end else x for x in found]
+
+    def control(ids):
+        return Counter(i for i in ids if i in special)
 
     chats, own = [problem["messages"] for problem in problems], {}
     wheres = [problem["where"] for problem in problems]
     inside, prompts = (_all_or_named(work, chats, wheres) for work in (insides, whole))
     for where, messages, part, ids in zip(wheres, chats, inside, prompts, strict=True):
-        if found := [i for i in part if i in special and i != unknown]:
+        spelled = unknown in part and any(tokenizer.unk_token in m["content"] for m in messages)
+        if found := [*control(part), *[unknown] * spelled]:
             token = tokenizer.convert_ids_to_tokens(found[0])
             raise ValueError(f"{where}: the text contains the control token {token!r}")
         roles = tuple(message["role"] for message in messages)
-        if tokenizer.chat_template is not None and roles not in own:  # the template's own ones
+        if template is not None and roles not in own:  # the template's own ones
             plain = [[{"role": role, "content": "x"} for role in roles]]
-            own[roles] = glued(_all_or_named(whole, plain, [where])[0])
-        if tokenizer.chat_template is not None and (more := glued(ids) - own[roles]):
+            own[roles] = control(_all_or_named(whole, plain, [where])[0])
+        if template is not None and (more := control(ids) - own[roles]):
             token = tokenizer.convert_ids_to_tokens(min(more))
             raise ValueError(f"{where}: text and template make the control token {token!r}")
         if not ids:
             raise ValueError(f"{where}: the prompt renders to no tokens at all")
-        if unknown is not None and unknown in [*ids, *part]:
+        own_unknown = texts_of([messages])[0].count(tokenizer.unk_token) if unknown in ids else 0
+        if ids.count(unknown) > own_unknown:  # more than the template spells
             raise ValueError(f"{where}: the tokenizer has no tokens for some of this prompt")
     return prompts
 
 
-def _all_or_named(work, items, wheres, size=1024):
-    """work(items), so many at a time. If that raises, a ValueError that names where the first item
-    stands with which it does: templates and tokenizers raise what they like."""
-    found = []
-    for first in range(0, len(items), size):
-        some = items[first : first + size], wheres[first : first + size]
-        try:
-            found += work(some[0])
-        except Exception as error:
-            if size > 1:
-                _all_or_named(work, *some, size=1)
-            why = f"cannot be rendered as a prompt: {first_line(error)}"
-            raise ValueError(f"{wheres[first]}: {why}") from error
-    return found
+def _all_or_named(work, items, wheres):
+    """work(items), or a ValueError that names the first with which it raises whatever it likes."""
+    try:
+        return work(items)
+    except Exception as error:
+        for item, where in zip(items, wheres, strict=True) if len(items) > 1 else ():
+            _all_or_named(work, [item], [where])
+        why = f"cannot be rendered as a prompt: {first_line(error)}"
+        raise ValueError(f"{wheres[0]}: {why}") from error
 
 
 def check_fit(config, problems, prompts, max_new_tokens):
-    """ValueError naming the first problem whose prompt + max_new_tokens exceeds the context of a
-    model of that config, or whose ids exceed its vocabulary (model and tokenizer do not match)."""
+    """ValueError naming the first problem that exceeds context or vocabulary of a config."""
     config = config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     for problem, prompt in zip(problems, prompts, strict=True):
         if len(prompt) + max_new_tokens > limit:
-            raise ValueError(
-                f"{problem['where']}: prompt of {len(prompt)} tokens + {max_new_tokens} new tokens "
-                f"(--max-new-tokens) exceed the model's context of {limit}"
-            )
+            what = f"prompt of {len(prompt)} tokens + {max_new_tokens} new tokens"
+            what += f" (--max-new-tokens) exceed the model's context of {limit}"
+            raise ValueError(f"{problem['where']}: {what}")
         if max(prompt) >= config.vocab_size:
-            raise ValueError(
-                f"{problem['where']}: token id {max(prompt)} is outside the model's vocabulary of "
-                f"{config.vocab_size}: tokenizer and model do not belong together"
-            )
+            what = f"token id {max(prompt)} is outside the model's vocabulary"
+            raise ValueError(f"{problem['where']}: {what} of {config.vocab_size} tokens")
 
 
 def stop_ids(*sources):
-    """Sorted ids that end a response, of all the models, configs and tokenizers given.
-
-    Teacher and student may disagree about EOS (base against chat checkpoints); a response that
-    misses one of the ids runs on to the limit. ValueError when no source has any.
-
-    >>> from types import SimpleNamespace as Has
-    >>> stop_ids(Has(eos_token_id=[7, 3]), Has(eos_token_id=None), Has(eos_token_id=3))
-    [3, 7]
-    """
-    found = set()
+    """Sorted ids that end a response, of all the models, configs and tokenizers given: teacher and
+    student may disagree about EOS. ValueError when there is none, or one is no id."""
+    found, names = [], ", ".join(sorted({getattr(s, "name_or_path", "") for s in sources} - {""}))
     for source in sources:
         for part in (source, *(getattr(source, k, None) for k in ("config", "generation_config"))):
             ids = getattr(part, "eos_token_id", None)
-            found.update([ids] if isinstance(ids, numbers.Integral) else ids or [])
+            found += [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+    for one in found:
+        if isinstance(one, bool) or not isinstance(one, numbers.Integral) or not 0 <= one < BIG:
+            raise ValueError(f"{names}: stop token {one!r:.60} is not the id of a token")
     if not found:
-        names = sorted({getattr(source, "name_or_path", "") for source in sources} - {""})
         why = "neither the models' configs nor the tokenizer has an EOS"
-        raise ValueError(f"{', '.join(names)}: no stop token: {why}")
-    return sorted(found)
+        raise ValueError(f"{names}: no stop token: {why}")
+    return sorted({*found})
 
 
 def pad_id(tokenizer):
     """The pad token's id, else the EOS token's (masks, not ids, tell padding); or ValueError."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return token_id
-    name = getattr(tokenizer, "name_or_path", "")
-    raise ValueError(f"{name}: the tokenizer has neither a pad nor an EOS token")
+    pad, name = tokenizer.pad_token_id, getattr(tokenizer, "name_or_path", "")
+    if pad is None and tokenizer.eos_token_id is None:
+        raise ValueError(f"{name}: the tokenizer has neither a pad nor an EOS token")
+    return tokenizer.eos_token_id if pad is None else pad
 
 
 def download_punkt(seconds=60):
-    """Fetch the data of NLTK's pretrained sentence splitter, or give up in silence. NLTK reports
-    errors even when asked to be quiet, hence the buffer, and may wait minutes for a server, hence a
-    thread that is left behind after so many seconds."""
+    """Fetch NLTK's pretrained sentence splitter, or give up in silence after so many seconds."""
 
     def fetch():
         with contextlib.suppress(Exception):  # no network, no disk: the caller finds no data

@@ -1,10 +1,8 @@
 """Flags: a table in, the effective value of every flag and where it came from out.
 
-A row of a table is (flag, default, limits or choices, help). What a flag's value is decided by, the
-later overriding the earlier: its default, `--preset`, the row of METHODS that `--method` names, the
-command line. A few are worked out where they are left open: what toy problems need, the device.
-Whatever is wrong ends with exit code 2 and one line that names the flag.
-"""
+A row of a table is (flag, default, limits or choices, help). The later overrides the earlier: the
+default, `--preset`, the row of METHODS that `--method` names, the command line; what is left open
+is worked out. Whatever is wrong ends with exit code 2 and one line that names the flag."""
 
 import argparse
 import os
@@ -13,7 +11,7 @@ import sys
 import torch
 
 import toy
-from harness.cli import BIG, MANY, MOST_THREADS, TINY, Parser, number, path_name
+from harness.cli import BIG, MANY, MOST_THREADS, TINY, Parser, complain, number, path_name, tell
 
 ANY, COUNT, POSITIVE = (0, BIG), (1, MANY), (TINY, BIG)  # limits: [lowest, highest]
 SHARE = (1e-6, 1 - 1e-6)
@@ -24,10 +22,8 @@ MACHINE = {
         ("--out", None, None, "run folder (runs/<method>-seed<seed>)"),
         ("--seed", 0, (0, 2**31), "of data order and sampling"),
         ("--resume", False, None, "go on from the last checkpoint in --out, or begin there"),
-        ("--checkpoint-every", 25, ANY, "steps between checkpoints, and one at the end; 0: only "
-         "when something ends the run early"),
-        ("--max-skipped-steps", 5, COUNT, "end after so many steps in a row whose loss or gradient "
-         "is not finite; fewer are skipped"),
+        ("--checkpoint-every", 25, ANY, "steps between checkpoints; 0: only where a run ends"),
+        ("--max-skipped-steps", 5, COUNT, "that are not finite, in a row, which end the run"),
         ("--timeout", 1800, COUNT, "seconds that a process waits for another"),
     ],
     "sampling": [
@@ -42,6 +38,7 @@ MACHINE = {
         ("--student", None, None, "folder or hub name (the toy world's)"),
         ("--teacher", None, None, "folder or hub name (the toy world's)"),
         ("--problems", None, None, "JSONL to train on (the toy world's)"),
+        ("--skip-bad-problems", False, None, "leave out, with a count, what cannot be used"),
         ("--toy", "varied", [*toy.WORLDS], "toy world of whatever is not given"),
         ("--difficulty", None, (1, toy.MAX_MOVES), "moves per toy problem (the world's)"),
         ("--thinking", False, None, "render prompts in thinking mode"),
@@ -53,8 +50,7 @@ MACHINE = {
     "evaluation": [
         ("--eval-every", 0, ANY, "steps between evaluations; 0: only first and last"),
         ("--eval-problems", None, None, "JSONL with answers (the toy world's)"),
-        ("--ood-problems", None, None, "JSONL with answers of another kind, evaluated first and "
-         "last, to notice forgetting (the toy world's)"),
+        ("--ood-problems", None, None, "the same of another kind, to notice forgetting"),
         ("--eval-count", 200, COUNT, "problems"),
         ("--eval-samples", 4, COUNT, "answers per problem"),
     ],
@@ -68,8 +64,7 @@ MACHINE = {
     "machine": [
         ("--sample-batch", 256, COUNT, "most rollouts in flight, per process"),
         ("--micro-batch", 0, ANY, "most rows per forward pass; 0: any number"),
-        ("--tokens-per-micro-batch", 32768, ANY, "most tokens per forward pass, padding included: "
-         "bounds memory; a longer row goes alone; 0: any number"),
+        ("--tokens-per-micro-batch", 32768, ANY, "most tokens per pass, padding included; 0: any"),
         ("--fast", "on", ["on", "off"], "faster versions of the same computations (fast/)"),
         ("--device", None, ["cpu", "cuda"], "(cuda where there is one)"),
         ("--dtype", None, DTYPES, "of matrix products (bfloat16 on cuda, else float32)"),
@@ -77,14 +72,12 @@ MACHINE = {
         ("--threads", 0, (0, MOST_THREADS), "CPU threads per process; 0: PyTorch's choice"),
     ],
 }  # fmt: skip
-# What a resumed run may have otherwise than the run that it resumes: no line and no weight depends
-# on these, except for where the run ends.
+# What a resumed run may change: but for where it ends, no line and no weight depends on these.
 MAY_CHANGE = "out resume preset steps checkpoint_every max_skipped_steps timeout".split()
 
 
 def add_flags(group, rows) -> None:
-    """Add the rows of a table to a parser, or to a group of its arguments. A flag that is not given
-    leaves no trace in the namespace."""
+    """Add rows of a table to a parser; a flag that is not given leaves no trace."""
     for flag, default, check, text in rows:
         options = {"default": argparse.SUPPRESS, "help": text}
         if default is False:
@@ -102,12 +95,10 @@ def add_flags(group, rows) -> None:
 
 
 def defaults(rows) -> dict:
-    """The default of every row, by the flag's name in a namespace."""
     return {flag[2:].replace("-", "_"): default for flag, default, *_ in rows}
 
 
 def make_parser(program, tables, presets) -> Parser:
-    """The parser of these tables and of MACHINE."""
     parser = Parser(prog=program, description=f"Every flag of {program}.", allow_abbrev=False)
     for title, rows in (tables | MACHINE).items():
         rows = [(flag, default, [*presets] if flag == "--preset" else check, text)
@@ -142,9 +133,7 @@ def parse(program, tables, methods, presets, argv=None):
 
 def left_open(parser, args, origins) -> dict:
     """What toy problems and the machine decide where the user did not."""
-    found = {}
-    if args.difficulty is None:
-        found["difficulty"] = toy.world(args.toy).moves
+    found = {"difficulty": toy.world(args.toy).moves} if args.difficulty is None else {}
     if args.problems is None and origins.get("max_new_tokens") == "default":
         found["max_new_tokens"] = toy.response_limit(found.get("difficulty", args.difficulty))
     if args.device is None:
@@ -161,10 +150,13 @@ def left_open(parser, args, origins) -> dict:
 
 def check_processes(parser, args) -> None:
     """Exit 2 unless what torchrun says of the processes makes sense with the flags."""
-    for name in ("RANK", "WORLD_SIZE"):
-        if not os.environ.get(name, "1").isdecimal():
-            parser.error(f"{name}={os.environ[name]!r} in the environment is not a whole number")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = 1
+    for name, least in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
+        text, most = os.environ.get(name, str(least)), MANY if name == "WORLD_SIZE" else world - 1
+        if not text.isdecimal() or not least <= int(text[:9]) <= most:
+            complain(parser.prog, f"{name}={text} in the environment is not in {least} to {most}")
+            sys.exit(2)  # whatever RANK says
+        world = int(text) if name == "WORLD_SIZE" else world
     if args.prompts_per_step * args.rollouts_per_prompt < world:
         parser.error(f"--prompts-per-step {args.prompts_per_step} is less than {world} processes")
     if args.ood_problems and args.problems and not args.eval_problems:
@@ -173,12 +165,10 @@ def check_processes(parser, args) -> None:
 
 def say(program, args, origins) -> None:
     """The effective table in short, on stderr: what is not a default, by where it came from."""
-    by_origin = {"no --student": [], f"--preset {args.preset}": [], "command line": []}
-    for name, origin in origins.items():
-        value = getattr(args, name)
-        if origin != "default" and value is not None:
-            text = f"{name.replace('_', '-')}" + f" {value}" * (value is not True)
-            by_origin.setdefault(origin, []).append(text)
-    for origin, texts in by_origin.items():
+    first = "no --student", f"--preset {args.preset}", "command line"
+    for origin in dict.fromkeys((*first, *origins.values())):
+        found = {k: vars(args)[k] for k in origins if origins[k] == origin != "default"}
+        texts = [k.replace("_", "-") + f" {v}" * (v is not True) for k, v in found.items()
+                 if v is not None]  # fmt: skip
         if texts:
-            print(f"{program}: {origin}: {', '.join(texts)}", file=sys.stderr)
+            tell(program, f"{origin}: {', '.join(texts)}")

@@ -1,11 +1,8 @@
-"""log.jsonl: what a step says, and the file that it is said in.
-
-Every process sums its own rows (`batch_sums`), the sums are added up over all processes, and one
-line is made of the totals (`log_line`), so that no figure is a mean of means. docs/runs.md says
-what each key is.
-"""
+"""log.jsonl, whose keys docs/runs.md explains. Every process sums its own rows (`batch_sums`); one
+line is made of the totals (`log_line`), so that no figure is a mean of means."""
 
 import contextlib
+import io
 import json
 import os
 from pathlib import Path
@@ -15,37 +12,45 @@ import torch
 from tqdm import tqdm
 
 from harness.checkpoint import lock, name_the_path
+from harness.cli import MOST_BYTES, open_regular, parse_json
 
 FLAT = 1e-3  # a deviation of confidences that a 16-bit teacher cannot tell from 0
+ACCURACY = ("step {step}: mean@{samples} {accuracy:.3f}, 95% interval {accuracy_low:.3f} to "
+            "{accuracy_high:.3f}, {problems} problems")  # fmt: skip
 
 
-def check_log(out: Path, keep: int) -> None:
-    """ValueError if log.jsonl has less than the `keep` bytes that it had at a checkpoint."""
+def read_log(out: Path, keep: int) -> list[dict]:
+    """The lines in the first `keep` bytes of log.jsonl; ValueError that names what is none."""
     path = Path(out) / "log.jsonl"
     size = path.stat().st_size if path.exists() else 0
-    if size < keep:
+    if not keep <= size <= keep + MOST_BYTES:
         raise ValueError(f"{path} has {size} bytes; it had {keep} when the checkpoint was written")
+    lines = []
+    with open_regular(path) if keep else io.BytesIO() as file:
+        for number, text in enumerate(file.read(keep).splitlines(keepends=True), 1):
+            lines.append(parse_json(text, f"{path}:{number}"))
+            try:
+                say_result(lines[-1:], lambda said: None)
+            except (AttributeError, LookupError, TypeError, ValueError):
+                raise ValueError(f"{path}:{number}: not a line of a run") from None
+    return lines
 
 
 class Log:
-    """log.jsonl: a line is in the file when `write` returns, and on the disk after `flush`.
-
-    keep: bytes of an earlier run to go on behind; what lies beyond moves to log.dropped.jsonl.
-    ValueError: there are fewer. OSError: another process has the log, or it cannot be written.
-    """
+    """log.jsonl: a line is in the file when `write` returns, and on the disk after `flush`. It goes
+    on behind `keep` bytes; what lies beyond moves to log.dropped.jsonl."""
 
     def __init__(self, out: Path, keep: int = 0):
         self.path = Path(out) / "log.jsonl"
-        check_log(out, keep)
-        self.file = open(self.path, "ab")  # noqa: SIM115
+        self.lines = read_log(out, keep)
+        self.file = open(self.path, "ab+")  # noqa: SIM115
         lock(self.file)
-        old = self.path.read_bytes()
-        if old[keep:]:
+        self.file.seek(keep)
+        if rest := self.file.read():
             with open(self.path.with_name("log.dropped.jsonl"), "ab") as dropped:
-                dropped.write(old[keep:])
+                dropped.write(rest)
                 dropped.flush()
                 os.fsync(dropped.fileno())
-        self.lines = [json.loads(line) for line in old[:keep].splitlines()]
         self.file.truncate(keep)
 
     def write(self, line: dict) -> int:
@@ -57,12 +62,10 @@ class Log:
         return self.file.tell()
 
     def flush(self) -> None:
-        """Wait until everything is on the disk."""
         with name_the_path(self.path):
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
         with contextlib.suppress(OSError):  # of a line that `write` has complained about
             self.file.close()
 
@@ -107,21 +110,16 @@ def batch_sums(batch, scores, args, segments=None) -> dict[str, float]:
     none_B = torch.zeros_like(mask_BT[:, 0])  # of a mask without a change point
     released_B = none_B if scores.released_B is None else scores.released_B
     gain_B = none_B if scores.gain_B is None else scores.gain_B
-    grams = [repeated_ngrams(x_T[m_T]) for x_T, m_T in zip(batch.ids_BT, mask_BT, strict=True)]
+    grams = [repeated_ngrams(ids_T[mask_BT[row]]) for row, ids_T in enumerate(batch.ids_BT)]
+    kept_share_B = keep_BT.sum(1) / mask_BT.sum(1)
     sums = {
         "reverse_kl": ((batch.logp_BT - scores.logp_BT) * mask_BT).sum(),
-        "rollouts": len(mask_BT),
-        "tokens": mask_BT.sum(),
-        "kept_tokens": keep_BT.sum(),
-        "entropy": batch.entropy_BT.sum(),
-        "truncated": batch.truncated_B.sum(),
-        "repeated": sum(repeated for repeated, _ in grams),
-        "grams": sum(count for _, count in grams),
-        "fired": released_B.sum(),
-        "release_at": (keep_BT.sum(1) / mask_BT.sum(1))[released_B].sum(),
-        "bic_gain": gain_B.sum(),
-        "bic_gain_over_6": (gain_B > 6).sum(),
-    }
+        "rollouts": len(mask_BT), "tokens": mask_BT.sum(), "kept_tokens": keep_BT.sum(),
+        "entropy": batch.entropy_BT.sum(), "truncated": batch.truncated_B.sum(),
+        "repeated": sum(repeated for repeated, _ in grams), "grams": sum(n for _, n in grams),
+        "fired": released_B.sum(), "release_at": kept_share_B[released_B].sum(),
+        "bic_gain": gain_B.sum(), "bic_gain_over_6": (gain_B > 6).sum(),
+    }  # fmt: skip
     if segments is not None:
         counts = [len(segment_T.unique()) for segment_T in segments]
         sums |= {"sentences": sum(counts), "short": sum(n < 2 * args.min_segments for n in counts)}
@@ -148,43 +146,34 @@ def log_line(step, loss, norm, skipped, sums, seconds, args) -> dict:
         return sums[name] / count if count else None
 
     line = {
-        "step": step + 1,
-        "loss": loss,
-        "reverse_kl": sums["reverse_kl"] / tokens,
-        "entropy": sums["entropy"] / tokens,
+        "step": step + 1, "loss": loss,
+        "reverse_kl": sums["reverse_kl"] / tokens, "entropy": sums["entropy"] / tokens,
         "response_tokens": tokens / sums["rollouts"],
         "truncated": sums["truncated"] / sums["rollouts"],
         "repeated_4grams": per("repeated", sums["grams"]),
         "fidelity": [per(f"fidelity_{q}", sums[f"tokens_{q}"]) for q in range(4)],
-        "kept": sums["kept_tokens"] / tokens,
-        "kept_tokens": int(sums["kept_tokens"]),
-        "fired": fired / sums["rollouts"],
-        "release_at": per("release_at", fired),
+        "kept": sums["kept_tokens"] / tokens, "kept_tokens": int(sums["kept_tokens"]),
+        "fired": fired / sums["rollouts"], "release_at": per("release_at", fired),
         "bic_gain": per("bic_gain", fired),
         "bic_gain_over_6": sums["bic_gain_over_6"] / sums["rollouts"],
-    }
+    }  # fmt: skip
     line |= {"sentences": sums["sentences"] / sums["rollouts"]} if "sentences" in sums else {}
     if args.lookahead == "on":
         triggered = sums["triggered"]
         line |= {
-            "triggered": triggered / tokens,
-            "group_std": per("group_std", triggered),
+            "triggered": triggered / tokens, "group_std": per("group_std", triggered),
             "flat_groups": per("flat", triggered),
             "bonus": args.lgr_gamma * sums["reward"] / triggered if triggered else None,
             "outside_group": per("outside", triggered),
-        }
-    return line | {
-        "grad_norm": norm,
-        "skipped": skipped,
-        "seconds": {name: round(value, 4) for name, value in (seconds | {"total": total}).items()},
-        "tokens_per_second": tokens / total,
-    }
+        }  # fmt: skip
+    seconds = {name: round(value, 4) for name, value in (seconds | {"total": total}).items()}
+    return line | {"grad_norm": norm, "skipped": skipped, "seconds": seconds,
+                   "tokens_per_second": tokens / total}  # fmt: skip
 
 
 @contextlib.contextmanager
 def sampling_bar(rows: int, desc=None, *, show=True, delay=0.0):
-    """A bar of responses for the `progress` of `rollout.generate`. It moves with every token, since
-    a batch may end all at once. delay: seconds until it shows."""
+    """A bar of responses, for `progress` of `rollout.generate`; moves with every token."""
     tokens, how = 0, {"unit": "response", "leave": False, "miniters": 0}
     with tqdm(total=rows, desc=desc, disable=not show, delay=delay, **how) as bar:
 
@@ -197,13 +186,12 @@ def sampling_bar(rows: int, desc=None, *, show=True, delay=0.0):
         yield progress if show else None
 
 
-def say_result(lines: list[dict]) -> None:
-    """What came of a run, on stdout: first and last evaluation, and what went wrong on the way."""
+def say_result(lines: list[dict], say=print) -> None:
+    """What came of a run: first and last evaluation, and what went wrong on the way."""
     evaluations = [line for line in lines if "accuracy" in line]
     for line in evaluations[:1] + evaluations[-1:]:
-        print("step {step}: mean@{samples} {accuracy:.3f}, 95% interval {accuracy_low:.3f} to "
-              "{accuracy_high:.3f}, {problems} problems".format(**line))  # fmt: skip
+        say(ACCURACY.format(**line))
     if ood := [line["ood"]["accuracy"] for line in evaluations if "ood" in line]:
-        print(f"out of domain: {ood[0]:.3f} before, {ood[-1]:.3f} after")
+        say(f"out of domain: {ood[0]:.3f} before, {ood[-1]:.3f} after")
     if skipped := sum(line.get("skipped", 0) > 0 for line in lines):
-        print(f"{skipped} steps were skipped: loss or gradient was not finite")
+        say(f"{skipped} steps were skipped: loss or gradient was not finite")

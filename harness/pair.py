@@ -1,99 +1,96 @@
 """A student, a teacher and their prompts: everything that can fail without the weights, then the
 weights, the optimizer and its schedule."""
 
-import hashlib
-import json
-
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 import fast.decode
-import fast.head
 import logprobs
 import teachability
 import toy
-from harness.data import check_fit, download_punkt, from_records, load_problems, render_prompts
-from harness.data import stop_ids
-from harness.models import check_head, check_sampling, check_supported, common_vocabulary
-from harness.models import load_config, load_model, load_tokenizer
+from fast.student import StudentLogProbs
+from harness.cli import BIG, tell
+from harness.data import check_fit, download_punkt, from_records, load_problems
+from harness.data import render_prompts, stop_ids
+from harness.models import check_head, check_sampling, check_supported, check_tokens
+from harness.models import common_vocabulary, load_config, load_model, load_tokenizer
 
 
-class StudentLogProbs(torch.nn.Module):
-    """The student's forward as training needs it: ids in, log-probs or divergences out.
-
-    DDP hooks the forward of what it wraps, so backbone and chunked head must both be in here.
-    fast: whether the head is fast/head.py's, which computes the gradient in the same pass.
-    """
-
-    def __init__(self, model, args, vocab_size: int, teacher_head_VE=None, stop_class=None):
-        super().__init__()
-        self.model, self.teacher_head_VE, self.fast = model, [teacher_head_VE], args.fast == "on"
-        self.divergence = {"kind": args.objective, "beta": args.jsd_beta}
-        self.how = dict(vocab_size=vocab_size, temperature=args.temperature, stop_class=stop_class)
-
-    def forward(self, ids_BT, mask_BT, candidates_BTK=None, *, teacher=None, scale_BT=None):
-        """Log-probs [B, T] of the tokens, or [B, T, K] of candidates in their places, nats at the
-        sampling temperature; with `teacher`, its hidden states, the divergence [B, T] from it. 0
-        outside `mask_BT`. scale_BT: what the loss will multiply the result by, if that is known."""
-        hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
-        head_VD = self.model.get_output_embeddings().weight
-        head, how = (fast.head, {"scale_BT": scale_BT}) if self.fast else (logprobs, {})
-        how |= self.how | {"mask_BT": mask_BT}
-        if teacher is not None:
-            teacher = teacher, self.teacher_head_VE[0]  # in a list: not a module's own parameter
-            return head.token_divergence(hidden_BTD, head_VD, *teacher, **self.divergence, **how)
-        how["candidates_BTK"] = candidates_BTK
-        return head.token_logprobs(hidden_BTD, head_VD, ids_BT, **how)
-
-
-# --------------------------------------------------------------------------- before any weights
 def student_and_teacher(args) -> dict[str, str]:
     """The two models by flag; the toy world's where the flag was left out."""
     world = toy.world(args.toy)
     for given, folder in ((args.student, world.student), (args.teacher, world.teacher)):
         if given is None:
             toy.require(folder)  # not all come with the repository
-    return {
-        "--student": str(args.student or world.student),
-        "--teacher": str(args.teacher or world.teacher),
-    }
+    student, teacher = args.student or world.student, args.teacher or world.teacher
+    return {"--student": str(student), "--teacher": str(teacher)}
 
 
 def open_pair(args) -> tuple[dict, dict, int]:
-    """What can be said of student and teacher without their weights: tokenizers and configs by
-    flag, and the number of token ids that mean the same to both. ValueError if theirs differ."""
-    tokenizers, configs = {}, {}
+    """Tokenizers, configs by flag, how many token ids mean the same to both; or ValueError."""
+    tokenizers, configs, by_path, trust = {}, {}, {}, {"trust_remote_code": args.trust_remote_code}
     for flag, path in student_and_teacher(args).items():
-        tokenizers[flag] = load_tokenizer(path, trust_remote_code=args.trust_remote_code)
-        config = load_config(path, trust_remote_code=args.trust_remote_code)
-        configs[flag] = config.get_text_config(decoder=True)
+        try:
+            tokenizers[flag] = load_tokenizer(path, **trust)
+            by_path[path] = load_config(path, **trust)
+        except ValueError as error:
+            raise ValueError(f"{flag} {error}") from None
+        configs[flag] = by_path[path].get_text_config(decoder=True)
+    check_tokens(by_path, tokenizers["--student"])
     shared = common_vocabulary(*tokenizers.values())
     return tokenizers, configs, min(shared, *(c.vocab_size for c in configs.values()))
 
 
-def load_prompts(args, tokenizer, path: str | None, split: str, task="dial") -> tuple[list, list]:
-    """Problems of a file or of the toy world, and their prompts in the student's template, which
-    the teacher reads too: two templates would be two prompts."""
+def load_prompts(args, tokenizer, path: str | None, split: str, task="dial", **more):
+    """`open_prompts`, with `more`, for problems of a file or the toy world: the teacher's, too."""
     if path is not None:
-        problems = load_problems(path, require_answer=split == "test")
+        how = {"require_answer": split == "test", "skipped": more.get("skipped")}
+        problems = load_problems(path, **how)
     else:
         count, seed = (args.eval_count, 0) if split == "test" else (4096, args.seed)
         records = toy.problems(count, moves=args.difficulty, split=split, seed=seed, task=task)
         problems = from_records(records, where="toy")
     if split == "test":
         problems = problems[: args.eval_count]
-    return problems, render_prompts(tokenizer, problems, thinking=args.thinking)
+    return open_prompts(args, tokenizer, problems, **more)
+
+
+def open_prompts(args, tokenizer, problems, configs=None, vocab_size=BIG, day=None, skipped=None):
+    """(problems, prompts) that all models take; or ValueErrors, for a list `skipped`."""
+
+    def usable(some):
+        try:
+            prompts = render_prompts(tokenizer, some, thinking=args.thinking, day=day)
+            limits = configs or {}, vocab_size, some, prompts, args.max_new_tokens
+            check_prompts(tokenizer, *limits)
+            return list(zip(some, prompts, strict=True))
+        except ValueError as error:
+            if skipped is None:
+                raise
+            if len(some) == 1:
+                skipped.append(str(error))
+                return []
+        return usable(some[: len(some) // 2]) + usable(some[len(some) // 2 :])
+
+    found = usable(problems)
+    if not found:
+        raise ValueError(f"--skip-bad-problems leaves no problem; {skipped[0]}")
+    return tuple(map(list, zip(*found, strict=True)))
+
+
+def tell_skipped(program: str, skipped) -> None:
+    """What --skip-bad-problems has left out, on stderr."""
+    if skipped:
+        tell(program, f"--skip-bad-problems leaves out {len(skipped)}; {skipped[0]}")
 
 
 def check_prompts(tokenizer, configs, vocab_size: int, problems, prompts, max_new_tokens) -> None:
-    """ValueError that names the first problem whose prompt holds what the models do not share, or
-    does not fit them."""
+    """ValueError naming the first problem that the models do not share or that does not fit."""
     for problem, prompt in zip(problems, prompts, strict=True):
         if max(prompt) >= vocab_size:
-            raise ValueError(
-                f"{problem['where']}: the prompt holds {tokenizer.decode([max(prompt)])!r}, which "
-                f"is not among the {vocab_size} tokens that --student and --teacher share"
-            )
+            what = f"the prompt holds {tokenizer.decode([max(prompt)])!r}, which is not among the "
+            what += f"{vocab_size} tokens that --student and --teacher share"
+            raise ValueError(f"{problem['where']}: {what}")
     for config in configs.values():
         check_fit(config, problems, prompts, max_new_tokens)
 
@@ -111,15 +108,8 @@ def open_splitter(kind: str) -> tuple[object, str]:
         raise ValueError(f"--splitter {kind}: {error}") from None
 
 
-def fingerprint(prompts: dict, answers: list) -> str:
-    """SHA-256 of all prompts and answers: the same files under the same names."""
-    return hashlib.sha256(json.dumps([*prompts.values(), answers]).encode()).hexdigest()
-
-
-# -------------------------------------------------------------------------------------- weights
 def load_models(run, device) -> None:
-    """Put into `run`: the student in float32 (what AdamW needs), the teacher in the type of the
-    matrix products, optimizer and schedule. ValueError that names the model that cannot serve."""
+    """Put into `run`: the student in float32, which AdamW needs, teacher, optimizer, schedule."""
     args, prompts = run.args, sum(run.prompts.values(), [])
     for flag, path in student_and_teacher(args).items():
         is_student = flag == "--student"

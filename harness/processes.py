@@ -1,33 +1,33 @@
-"""Several processes and several rows: who works on what, sums over all, errors heard by all.
+"""Several processes: who works on what, sums, errors heard by all. Randomness is stateless: step s
+of seed r has the same prompts and uniform numbers, however many processes share the work."""
 
-Randomness is stateless: step s of seed r always uses the same prompts and the same uniform numbers
-per (row, token), however many processes share the work.
-"""
-
+import contextlib
+import importlib.metadata
 import os
+import platform
 import random
+import subprocess
 import time
-from datetime import timedelta
+import warnings
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from harness.cli import first_line
 
 # Random streams of `row_generator`; training steps use 0, 1, 2, ...
 EVALUATION_STREAM, CONTROL_STREAM = 2**23, 2**22
 
 
 def my_share(count: int, rank: int, world: int) -> range:
-    """The rows of `count` that process `rank` works on: contiguous, sizes differing by at most 1.
-
-    >>> [list(my_share(5, rank, 2)) for rank in range(2)]
-    [[0, 1], [2, 3, 4]]
-    """
+    """The rows of `count` of process `rank`: contiguous, sizes differing by at most 1."""
     return range(count * rank // world, count * (rank + 1) // world)
 
 
 def row_generator(seed: int, stream: int, first_row: int, numbers_per_row: int) -> torch.Generator:
-    """A CPU generator that stands where one process, drawing all rows in order, would reach
-    `first_row`; so the samples of a row do not depend on how rows are shared out."""
+    """A CPU generator as one process that draws all rows in order would have it at `first_row`."""
     generator = torch.Generator().manual_seed((seed << 24) + stream)
     if first_row:
         torch.rand(first_row * numbers_per_row, dtype=torch.float64, generator=generator)
@@ -35,11 +35,7 @@ def row_generator(seed: int, stream: int, first_row: int, numbers_per_row: int) 
 
 
 def batch_order(count: int, first: int, length: int, seed: int) -> list[int]:
-    """Entries first..first+length-1 of an endless sequence of shuffled epochs of `count` problems.
-
-    >>> sorted(batch_order(3, 0, 3, seed=1)), sorted(batch_order(3, 3, 3, seed=1))
-    ([0, 1, 2], [0, 1, 2])
-    """
+    """Entries first..first+length-1 of endless shuffled epochs of `count` problems."""
     order = []
     for epoch in range(first // count, (first + length - 1) // count + 1):
         epoch_order = list(range(count))
@@ -49,21 +45,9 @@ def batch_order(count: int, first: int, length: int, seed: int) -> list[int]:
 
 
 def micro_batches(mask_BT, args):
-    """Rows of similar length together, so that little padding is computed.
-
-    mask_BT: bool, the columns that are needed. args: has micro_batch, most rows of a micro-batch,
-        and tokens_per_micro_batch, its rows times the longest of them; 0: any number. A row that is
-        longer than that is alone.
-    Yields indices (rows, columns), longest rows first; rows in the order of the batch, columns up
-    to the last true one, at least 2. Rows without a true column are left out; if all are, the first
-    comes alone, so that every process has a backward pass to take part in.
-
-    >>> from types import SimpleNamespace as Args
-    >>> mask_BT = torch.arange(9) < torch.tensor([4, 9, 3, 4, 2])[:, None]
-    >>> limits = Args(micro_batch=0, tokens_per_micro_batch=12)
-    >>> [(rows.tolist(), columns.stop) for rows, columns in micro_batches(mask_BT, limits)]
-    [([1], 9), ([0, 2, 3], 4), ([4], 2)]
-    """
+    """Rows of similar length together: (rows, columns), longest first, of the columns that mask_BT
+    (bool) needs, at least 2, within the limits of the flags in `args` or alone. Rows without any
+    are left out, but for one if all are: every process takes part in a backward pass."""
     column_T = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)
     length_B = (mask_BT * column_T).amax(dim=1)
     order_B = length_B.argsort(descending=True, stable=True)
@@ -90,11 +74,9 @@ class Stopwatch:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was charged."""
         self.seconds, self.start = {}, time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """Charge the time since the last call to `phase`."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -102,7 +84,6 @@ class Stopwatch:
         self.start = now
 
 
-# ---------------------------------------------------------------------------------- together
 def start_processes(args, world: int) -> torch.device:
     """Join the process group that torchrun describes: gloo on CPU, nccl on GPU."""
     device = torch.device(args.device)
@@ -124,7 +105,6 @@ def sum_over_ranks(values, device) -> list[float]:
 
 
 def gather_objects(value) -> list:
-    """What every process has, by rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -132,17 +112,40 @@ def gather_objects(value) -> list:
     return values
 
 
-def raise_on_all_ranks(work):
-    """`work()` in every process. If it raises a ValueError or an OSError in one, a ValueError in
-    all, with that rank, if it is another: nobody waits for one that has left."""
-    error = None
+def raise_on_all_ranks(work, error=None):
+    """A ValueError in all processes if `work()` raises in one, or that has an `error`."""
     try:
         work()
     except (ValueError, OSError) as caught:
-        error = ValueError(str(caught))
+        error = caught
     errors = gather_objects(error and str(error))
-    wrong = [rank for rank, text in enumerate(errors) if text is not None]
-    if wrong and error is None:
-        error = ValueError(f"rank {wrong[0]}: {errors[wrong[0]]}")
-    if error is not None:
-        raise error
+    for rank, text in enumerate(errors):
+        if text is not None:
+            raise ValueError(str(error) if error else f"rank {rank}: {text}")
+
+
+def check_device(device: str) -> None:
+    """ValueError unless PyTorch can compute there."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            torch.zeros(1, device=device).item()
+    except Exception as error:  # what a missing back end raises is its own affair
+        raise ValueError(f"--device {device}: {first_line(error)}") from error
+
+
+def surroundings(device: str) -> dict:
+    """What numbers may depend on beside the flags, and when; None for what is not there."""
+    commit = ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    on_gpu = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if on_gpu else platform.processor()
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "numpy", "math-verify"):
+        versions[package] = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"commit": commit or None, "device": name or platform.machine(),
+            "threads": torch.get_num_threads(), "versions": versions,
+            "started": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip

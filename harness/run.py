@@ -1,14 +1,15 @@
-"""A run from its command line to its result: what `train.py` touches of the harness.
-
-`start` checks everything, meets the other processes, loads, resumes and yields a `Run`; whatever
-then ends the body, it writes down where the run stands and leaves with the right exit code.
-"""
+"""A run from its command line to its result. Whatever ends it, where it stands is written down, and
+the exit code is right."""
 
 import contextlib
 import dataclasses
+import hashlib
+import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
+from datetime import date, datetime
 from pathlib import Path
 
 import torch
@@ -19,11 +20,10 @@ from tqdm import tqdm
 
 import teachability
 from harness import checkpoint, flags, log, pair, signals
-from harness.cli import check_creatable
+from harness.cli import first_line, tell
 from harness.data import pad_id
-from harness.machine import surroundings
 from harness.processes import Stopwatch, batch_order, gather_objects, my_share, row_generator
-from harness.processes import raise_on_all_ranks, start_processes, sum_over_ranks
+from harness.processes import raise_on_all_ranks, start_processes, sum_over_ranks, surroundings
 
 
 @dataclass
@@ -45,40 +45,55 @@ class Position:
     log_bytes: int = 0
     random: list[dict] = ()  # random numbers of every process
 
+    @classmethod
+    def of(cls, path: Path):
+        facts = checkpoint.read_json(path / "facts.json")
+        with contextlib.suppress(TypeError, LookupError):
+            found = cls(**facts["position"])
+            counts = found.step, found.skipped, found.log_bytes
+            kinds = {type(count) for count in counts}, type(found.evaluated), min(counts) >= 0
+            if kinds == ({int}, bool, True) and found.step == checkpoint.step_of(path):
+                return found
+        raise ValueError(f"{path}/facts.json: not the facts of that step of a run")
+
 
 class Run:
-    """Everything that one process holds while it trains; harness/__init__.py lists what train.py
-    uses of it. problems, prompts: by "train", "eval", "ood"."""
+    """What one process holds while it trains. problems, prompts: by "train", "eval", "ood"."""
 
-    def __init__(self, args, origins, needs, rank: int, world: int):
-        """All checks that need no weights: tokenizers, problems, prompts, limits."""
+    overflow = 0.0  # NaN in a step whose sampling overflowed
+
+    def __init__(self, args, origins, needs, rank: int, world: int, day: str | None = None):
+        """All checks that need no weights. day: which templates may print, of an earlier start."""
         self.args, self.origins, self.needs = args, origins, needs
         self.rank, self.world = rank, world
-        tokenizers, configs, self.vocab_size = pair.open_pair(args)
+        tokenizers, self.configs, self.vocab_size = pair.open_pair(args)
         self.tokenizer = tokenizers["--student"]
         for name, count in needs.candidates.items():
             if count > self.vocab_size:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} {count} exceeds the vocabulary of {self.vocab_size}")
-        toys = args.problems is None and args.eval_problems is None
-        files = {"train": (args.problems, "train", "dial")}
-        if args.eval_problems is not None or args.problems is None:
-            files["eval"] = args.eval_problems, "test", "dial"
-        if args.ood_problems is not None or toys:
-            files["ood"] = args.ood_problems, "test", "reverse"
-        self.problems, self.prompts = {"eval": [], "ood": []}, {"train": [], "eval": [], "ood": []}
-        for name, how in files.items():
-            problems, self.prompts[name] = pair.load_prompts(args, self.tokenizer, *how)
-            pair.check_prompts(self.tokenizer, configs, self.vocab_size, problems,
-                               self.prompts[name], args.max_new_tokens)  # fmt: skip
-            self.problems[name] = problems
+                flag = f"--{name.replace('_', '-')} {count}"
+                raise ValueError(f"{flag} exceeds the vocabulary of {self.vocab_size}")
+        self.load_prompts(day or date.today().isoformat())
         opened = pair.open_splitter(args.splitter) if needs.sentences else (None, None)
         self.splitter, self.splitter_name = opened
         self.pad_id, self.watch = pad_id(self.tokenizer), Stopwatch(args.device)
         self.signals, self.position, self.log, self.bar = None, Position(), None, None
         self.segments, self.warned = None, False  # of a step; that sentences are too few
 
-    # ------------------------------------------------------------------------ rows and processes
+    def load_prompts(self, day: str) -> None:
+        """Problems and prompts, of the date `day` if the template prints one."""
+        args, self.day, self.skipped = self.args, day, [] if self.args.skip_bad_problems else None
+        files = {"train": (args.problems, "train", "dial")}
+        if args.eval_problems is not None or args.problems is None:
+            files["eval"] = args.eval_problems, "test", "dial"
+        if args.ood_problems is not None or (args.problems is None and args.eval_problems is None):
+            files["ood"] = args.ood_problems, "test", "reverse"
+        self.problems, self.prompts = {"eval": [], "ood": []}, {"train": [], "eval": [], "ood": []}
+        how = {"configs": self.configs, "vocab_size": self.vocab_size, "skipped": self.skipped,
+               "day": datetime.fromisoformat(day)}  # fmt: skip
+        for name, which in files.items():
+            found = pair.load_prompts(args, self.tokenizer, *which, **how)
+            self.problems[name], self.prompts[name] = found
+
     def problems_of(self, step: int) -> tuple[list[int], range]:
         """The problem of every rollout of a step, and which of the rollouts are this process's."""
         args, count = self.args, self.args.prompts_per_step
@@ -87,7 +102,6 @@ class Run:
         return problems, my_share(len(problems), self.rank, self.world)
 
     def prompts_of(self, step: int) -> tuple[list[list[int]], int]:
-        """This process's prompts of a step, and the number of the first in the batch."""
         problems, mine = self.problems_of(step)
         return [self.prompts["train"][problems[row]] for row in mine], mine.start
 
@@ -105,12 +119,28 @@ class Run:
         """Of the uniform numbers of a stream (steps: their number) from a row on."""
         return row_generator(self.args.seed, stream, first_row, self.args.max_new_tokens)
 
+    def skip_overflow(self, generate):
+        """`generate`; where logits overflow, a token of log-prob NaN, and no weight changes."""
+
+        def sample(model, prompts, **how):
+            self.overflow = 0.0
+            try:
+                return generate(model, prompts, **how)
+            except ValueError as error:
+                if signals.NONFINITE not in str(error):
+                    raise
+            self.overflow, size = math.nan, (self.vocab_size,)
+            how["decode"] = lambda *_: lambda ids_S, *_: ids_S.new_zeros(ids_S.shape + size)
+            batch = generate(model, prompts, **how | {"max_new_tokens": 1})
+            batch.logp_BT[batch.response_mask_BT] = math.nan
+            return batch
+
+        return sample
+
     def sum(self, values) -> list[float]:
-        """Element-wise sum over all processes."""
         return sum_over_ranks(values, self.model.device)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows of all processes, in their order; on the CPU."""
         return torch.cat(gather_objects(rows.cpu()))
 
     def autocast(self):
@@ -119,13 +149,10 @@ class Run:
         return torch.autocast(self.args.device, torch.bfloat16, enabled=wanted)
 
     def gradients(self, last: bool):
-        """Around forward and backward: gradients travel between processes on the last one only."""
         return contextlib.nullcontext() if last or self.world == 1 else self.student.no_sync()
 
-    # --------------------------------------------------------------------------------- the loop
     def steps(self):
-        """Step numbers from where the run stands to --steps, that one included: then nothing is
-        left to train, but an evaluation may be due."""
+        """Step numbers up to --steps, that one included: an evaluation may be due then."""
         args, position = self.args, self.position
         hook = self.optimizer.register_step_pre_hook(self.signals.hold)
         self.bar = tqdm(total=args.steps, initial=position.step, desc=args.method, unit="step",
@@ -138,24 +165,22 @@ class Run:
         hook.remove()
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether the student is to be evaluated before this step."""
-        every = self.args.eval_every
-        due = step in (0, self.args.steps) or (every and step % every == 0)
+        every = self.args.eval_every or self.args.steps
+        due = step % every == 0 or step == self.args.steps
         return bool(due and self.problems["eval"] and not self.position.evaluated)
 
     def log_line(self, step: int, loss: float, norm: float, skipped: int, batch, scores) -> dict:
-        """The line of a training step, over all processes."""
         sums = log.batch_sums(batch, scores, self.args, self.segments)
         sums = dict(zip(sums, self.sum(sums.values()), strict=True))
         if self.rank == 0 and not self.warned and 2 * sums.get("short", 0) > sums["rollouts"]:
             self.warned = True
-            tqdm.write(f"train.py: step {step + 1}: most responses have fewer sentences than the "
-                       "rule needs, 2 x --min-segments: look at --splitter", file=sys.stderr)
+            what = "most responses have fewer sentences than the rule needs, 2 x --min-segments"
+            tell("train.py", f"step {step + 1}: {what}: look at --splitter")
         return log.log_line(step, loss, norm, skipped, sums, self.watch.seconds, self.args)
 
     def write(self, line: dict) -> None:
-        """Append a line to the log and move on; now and then a checkpoint. From the first change of
-        a weight to the end of this, signals wait."""
+        """Log a line; now and then a checkpoint. From the first change of a weight to the end of
+        this, signals wait."""
         self.signals.hold()
         position, args = self.position, self.args
         if "loss" in line:
@@ -181,9 +206,7 @@ class Run:
         self.watch.restart()
 
     def give_up_or_skip(self, step: int, loss: float, norm: float, batch, scores, A_BT, w_BT):
-        """After an update that was left out since loss or gradient was not finite: the last of
-        --max-skipped-steps in a row ends the run. Every process writes its rows to
-        faults/step-<n>-rank<r>.safetensors, and FloatingPointError names the rollouts to blame."""
+        """The last of --max-skipped-steps in a row ends the run, with the batch in faults/."""
         if self.position.skipped + 1 < self.args.max_skipped_steps:
             return
         problems, mine = self.problems_of(step)
@@ -198,87 +221,84 @@ class Run:
         }  # fmt: skip
         name = f"step-{step + 1}-rank{self.rank}.safetensors"
         path = checkpoint.write_fault(Path(self.args.out), name, tensors)
-        who = "the gradient's alone: no rollout stands out"
-        if guilty:
-            who = "rollouts " + ", ".join(f"{r} (problem {problems[r]})" for r in guilty[:8])
-            who += f" and {len(guilty) - 8} more" * (len(guilty) > 8)
-        raise FloatingPointError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}, the last of "
-            f"{self.position.skipped + 1} such steps in a row; {who}; the batch is in {path}"
-        )
+        who = "rollouts " + ", ".join(f"{r} (problem {problems[r]})" for r in guilty[:8])
+        who += f" and {len(guilty) - 8} more" * (len(guilty) > 8)
+        who = who if guilty else "the gradient's alone: no rollout stands out"
+        what = f"step {step + 1}: loss {loss}, gradient norm {norm}, the last of "
+        what += f"{self.position.skipped + 1} such steps in a row; {who}; the batch is in {path}"
+        raise FloatingPointError(what)
 
-    # -------------------------------------------------------------------------- folder and resume
     def describe(self) -> dict:
-        """config.json: every flag, where its value came from, and what the numbers depend on."""
         return {
-            "flags": vars(self.args),
-            "origins": self.origins,
-            "models": pair.student_and_teacher(self.args),
-            "processes": self.world,
-            "vocabulary": self.vocab_size,
-            "stop_ids": self.stop_ids,
-            "sentence_splitter": self.splitter_name,
+            "flags": vars(self.args), "origins": self.origins,
+            "models": pair.student_and_teacher(self.args), "processes": self.world,
+            "vocabulary": self.vocab_size, "stop_ids": self.stop_ids,
+            "sentence_splitter": self.splitter_name, "date": self.day,
+            "problems_sha256": self.fingerprint(), "skipped_problems": len(self.skipped or ()),
             "training_problems": len(self.prompts["train"]),
-            "prompts_sha256": self.fingerprint(),
             "evaluation_problems": len(self.prompts["eval"]),
-            "ood_problems": len(self.prompts["ood"]),
-            **surroundings(self.args.device),
-        }
+            "ood_problems": len(self.prompts["ood"]), **surroundings(self.args.device),
+        }  # fmt: skip
 
     def fingerprint(self) -> str:
-        """SHA-256 of all prompts and reference answers."""
-        problems = self.problems["eval"] + self.problems["ood"]
-        return pair.fingerprint(self.prompts, [problem["answer"] for problem in problems])
+        """SHA-256 of all problems and of the chat template, which are the same on every day."""
+        kinds = [self.problems[name] for name in self.prompts]
+        content = [[[one["messages"], one["answer"]] for one in problems] for problems in kinds]
+        text = json.dumps([content, self.tokenizer.chat_template])
+        return hashlib.sha256(text.encode()).hexdigest()
 
-    def find_resume(self, out: Path):
-        """Whether there is a run to go on with in `out`, and from which checkpoint (or None).
-        ValueError: that run has other flags or other prompts, or is beyond --steps."""
-        config = checkpoint.read_config(out) if self.args.resume else None
+    def find_resume(self, out: Path, config: dict | None):
+        """(config, checkpoint or None, torn ones) to go on from, or None; or ValueError."""
         if config is None:
-            return False, None
-        changed = checkpoint.changed_flags(config, vars(self.args), flags.MAY_CHANGE)
-        if changed:
+            return None
+        if config.get("problems_sha256") is None:
+            raise ValueError(f"--resume: {out} is of an earlier version, without problems_sha256")
+        if changed := checkpoint.changed_flags(config, vars(self.args), flags.MAY_CHANGE):
             raise ValueError(f"--resume: {out} is a run with other flags: {'; '.join(changed)}")
-        if config.get("prompts_sha256") != self.fingerprint():
-            raise ValueError(f"--resume: {out} is a run on other problems: the files have changed")
-        path = checkpoint.newest(out)
+        if config["problems_sha256"] != self.fingerprint():
+            what = "files or chat template have changed"
+            raise ValueError(f"--resume: {out} is a run on other problems: {what}")
+        found = path, _ = checkpoint.survey(out)
         if path is not None and checkpoint.step_of(path) > self.args.steps:
             raise ValueError(f"--steps {self.args.steps}: {path} is of a later step")
-        log.check_log(out, checkpoint.read_facts(path)["position"]["log_bytes"] if path else 0)
-        return True, path
+        log.read_log(out, Position.of(path).log_bytes if path else 0)
+        return config, *found
 
     def restore(self, path: Path) -> None:
         """Put the checkpoint in that folder back. ValueError: it is of another student."""
-        found = checkpoint.read(path)
-        self.position = Position(**found.facts["position"])
-        checkpoint.restore(found, self.model, self.optimizer, self.scheduler)
-        if self.rank < len(self.position.random):
-            checkpoint.set_random_state(self.position.random[self.rank])
+        self.position = Position.of(path)
+        try:
+            found = checkpoint.read(path)
+            checkpoint.restore(found, self.model, self.optimizer, self.scheduler)
+            if self.rank < len(self.position.random):
+                checkpoint.set_random_state(self.position.random[self.rank])
+        except Exception as error:  # whatever the libraries make of it
+            raise ValueError(f"{path}: {first_line(error)}") from error
 
-    def begin_folder(self, out: Path, resumes: bool, path: Path | None) -> None:
-        """Write the config of a new run, or into the one of an old run where it goes on. What may
-        make that differ from an uninterrupted run is said on stderr."""
-        now = self.describe()
-        if not resumes:
-            checkpoint.make_folder(out)
-            checkpoint.write_json(out / "config.json", now)
+    def begin_folder(self, claim, resume) -> None:
+        """Write the config: nothing in the folder is touched before."""
+        now, (config, *found) = self.describe(), resume or (None, None)
+        pair.tell_skipped("train.py", self.skipped)
+        if config is None:
+            claim.begin()
+            checkpoint.write_json(claim.out / "config.json", now)
             return
-        checkpoint.forget_faults(out)
-        config = checkpoint.read_config(out)
+        claim.check()
+        path = checkpoint.newest(claim.out, found)
+        checkpoint.forget_faults(claim.out)
         resumed = {"step": self.position.step}
         for name in ("commit", "device", "processes", "threads", "versions", "started"):
             resumed[name] = now[name]
             if config.get(name) != now[name] and name != "started":
-                print(f"train.py: --resume: {name} {config.get(name)}, now {now[name]}: the run "
-                      "may go on otherwise than it would have", file=sys.stderr)  # fmt: skip
-        config["resumed"] = [*config.get("resumed", []), resumed]
+                what = f"--resume: {name} {config.get(name)!s:.200}, now {now[name]}"
+                tell("train.py", f"{what}: the run may go on otherwise than it would have")
         changed = {"flags": now["flags"], "origins": now["origins"]}
-        checkpoint.write_json(out / "config.json", config | changed)
-        where = f"from {path}" if path else f"{out} from the beginning, it has no whole checkpoint"
-        print(f"train.py: resuming {where}", file=sys.stderr)
+        changed["resumed"] = [*config.get("resumed", []), resumed]
+        checkpoint.write_json(claim.out / "config.json", config | changed)
+        where = f"from {path}" if path else f"{claim.out} from the beginning: no whole checkpoint"
+        tell("train.py", f"resuming {where}")
 
     def write_checkpoint(self) -> None:
-        """Rank 0 writes down where the run stands."""
         if self.rank == 0:
             self.log.flush()
             groups, facts = checkpoint.capture(self.model, self.optimizer, self.scheduler)
@@ -303,27 +323,22 @@ class Run:
             dist.barrier()  # nobody leaves before rank 0 has saved
 
 
-# ----------------------------------------------------------------------------- start and end of it
 @contextlib.contextmanager
 def start(argv, tables, methods, presets, needs):
-    """Check everything, load, yield a `Run`; afterwards save the result and leave.
-
-    tables, methods, presets: as in `flags.parse`. needs: function args -> `Needs`; its ValueErrors
-    are bad input.
-    """
+    """Check everything, load, yield a `Run`; save the result and leave. needs: args -> `Needs`."""
     parser, args, origins = flags.parse("train.py", tables, methods, presets, argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.threads:
         torch.set_num_threads(args.threads)
-    out, code, begun, run = Path(args.out), 0, None, None
-    with signals.Interruptions() as interruptions:
+    code, begun, run, claim = 0, None, None, checkpoint.Claim(args.out)
+    with signals.Interruptions() as interruptions, contextlib.closing(claim):
         try:
             try:
-                run = open_run(args, origins, needs, interruptions)
+                run = open_run(args, origins, needs, interruptions, claim)
             except ValueError as error:
                 parser.error(str(error))
-            begun = out  # before, an older run may lie there
+            begun = claim.out  # before, an older run may lie there
             with written_down(run):
                 yield run
             run.finish()
@@ -344,32 +359,31 @@ def start(argv, tables, methods, presets, needs):
         sys.exit(code)
 
 
-def open_run(args, origins, needs, interruptions) -> Run:
-    """Every check that needs no weights; then the processes meet and hear of each other's errors;
-    then weights, the checkpoint to go on from, the run folder. ValueError: bad input."""
+def open_run(args, origins, needs, interruptions, claim) -> Run:
+    """What needs no weights; errors of all processes; weights, checkpoint, folder."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    out, run, resume, error = Path(args.out), None, None, None
+    out, run, resume, error, config = claim.out, None, None, None, None
     try:
         wanted = needs(args)
-        if rank == 0:  # alone: another rank's probe in an empty folder would look like a file
-            check_creatable("--out", out)
+        if rank == 0:
+            claim.take()
             checkpoint.check_folder(out, args.resume)
-        run = Run(args, origins, wanted, rank, world)
-        resume = run.find_resume(out) if rank == 0 else None
+            config = checkpoint.read_config(out) if args.resume else None
+        run = Run(args, origins, wanted, rank, world, config and config.get("date"))
+        resume = run.find_resume(out, config) if rank == 0 else None
     except (ValueError, OSError) as caught:  # the latter of a folder that may not be looked into
         error = caught
     device = start_processes(args, world) if world > 1 or error is None else None
 
-    def raise_it():
-        raise error
-
-    raise_on_all_ranks(raise_it if error else bool)
+    raise_on_all_ranks(lambda: None, error)
+    if run.day != (day := gather_objects(run.day)[0]):  # of a resumed run, or midnight has passed
+        run.load_prompts(day)
     run.signals = interruptions
     raise_on_all_ranks(lambda: pair.load_models(run, device))
-    resumes, path = gather_objects(resume)[0]  # the folder is shared, but rank 0 alone looked
-    if path is not None:
-        raise_on_all_ranks(lambda: run.restore(path))
-    raise_on_all_ranks(lambda: run.begin_folder(out, resumes, path) if rank == 0 else None)
+    resume = gather_objects(resume)[0]  # the folder is shared, but rank 0 alone looked
+    if resume is not None and resume[1] is not None:
+        raise_on_all_ranks(lambda: run.restore(resume[1]))
+    raise_on_all_ranks(lambda: run.begin_folder(claim, resume) if rank == 0 else None)
     if rank == 0:  # bad input is one line, so not before
         flags.say("train.py", args, origins)
     if world > 1:
@@ -380,8 +394,7 @@ def open_run(args, origins, needs, interruptions) -> Run:
 
 @contextlib.contextmanager
 def written_down(run: Run):
-    """Keep the log open; whatever ends the body early, rank 0 first writes a checkpoint of the last
-    line of the log."""
+    """Keep the log open; whatever ends the body early, first a checkpoint is written."""
     out, position = Path(run.args.out), run.position
     run.log = log.Log(out, position.log_bytes) if run.rank == 0 else None
     position.random = position.random or gather_objects(checkpoint.random_state())

@@ -10,10 +10,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from harness import checkpoint
+from harness.cli import complain
+
+NONFINITE = "non-finite logits while sampling"  # what rollout.generate says
 
 
-class Stop(BaseException):
-    """A signal asked the process to end; no `except Exception` on its way up may swallow it."""
+class Stop(BaseException):  # which no `except Exception` on its way up may swallow
+    """A signal asked the process to end."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -21,24 +24,36 @@ class Stop(BaseException):
         self.exit_code = 0 if number == signal.SIGTERM else 128 + number
 
 
+class Stream:
+    """A stream that goes nowhere once it fails: its disk is full, or its reader has gone."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 STOPS = {"SIGTERM", "SIGINT", "SIGHUP"} & {number.name for number in signal.Signals}
 
 
 class Interruptions:
-    """STOPS become a `Stop` wherever the program is, but not between `hold` and `release`, where
-    there may be weights without their line in the log: there they wait.
-
-    The first signal counts; what comes after it is ignored, so that a checkpoint can be written in
-    peace (SIGQUIT and SIGKILL still end everything at once). A signal that was ignored when the
-    program began, as Ctrl-C is in a background job and SIGHUP behind nohup, stays ignored. A
-    context manager: on leaving, handlers are what they were. Outside the main thread it does
-    nothing.
-    """
+    """STOPS become a `Stop` wherever the program is, but wait between `hold` and `release`, where
+    weights may lack their line in the log. The first counts. What was ignored stays ignored."""
 
     def __init__(self):
         self.number, self.held, self.before = None, False, {}
+        self.streams = [Stream(sys.stdout), Stream(sys.stderr)]
 
     def __enter__(self):
+        sys.stdout, sys.stderr = self.streams
         if threading.current_thread() is threading.main_thread():
             for number in (signal.Signals[name] for name in STOPS):
                 if signal.getsignal(number) != signal.SIG_IGN:
@@ -48,6 +63,7 @@ class Interruptions:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        sys.stdout, sys.stderr = (stream.stream for stream in self.streams)
 
     def _arrived(self, number, _frame):
         if self.number is None:
@@ -56,7 +72,6 @@ class Interruptions:
                 raise Stop(number)
 
     def hold(self, *_) -> None:
-        """From here on signals wait."""
         self.held = True
 
     def release(self) -> None:
@@ -67,8 +82,7 @@ class Interruptions:
 
 
 def end_when_told(out: Path | None, stop: Stop) -> int:
-    """After SIGTERM, Ctrl-C or SIGHUP: say how to go on; returns the exit code. out: None if the
-    run has not begun."""
+    """After a signal: say how to go on; the exit code. out: None if the run has not begun."""
     rank = int(os.environ.get("RANK", 0))
     if rank == 0:
         path = checkpoint.last_written(out) if out else None
@@ -80,8 +94,7 @@ def end_when_told(out: Path | None, stop: Stop) -> int:
 
 
 def end_with_error(out: Path | None, error: Exception) -> int:
-    """After an error: the process in which it happened says so, on stderr and for the others in
-    faults/; the others, which only lost contact, name that one. Returns the exit code."""
+    """After an error: the process in which it happened says so, the others name that one."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     text = f"{type(error).__name__}: {error}"
     lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)
@@ -92,7 +105,8 @@ def end_with_error(out: Path | None, error: Exception) -> int:
         first = checkpoint.first_fault(out, text) if out else text
         if first != text:
             text, lost = f"rank {rank} ends because of {first}", True
-    if not lost and not isinstance(error, FloatingPointError | OSError):
+    if not lost and not isinstance(error, FloatingPointError | OSError) and NONFINITE not in text:
         traceback.print_exception(error)
-    print(f"\ntrain.py: error: {text}", file=sys.stderr, flush=True)
+    print(file=sys.stderr)  # below a bar
+    complain("train.py", text)
     return 1

@@ -671,6 +671,12 @@ def other_architecture(name, model=None, **sizes):
     return apply
 
 
+def index(name, shard):
+    """A function that adds an index of weights which names a shard."""
+    kind = "bin" if name == "pytorch_model" else "safetensors"
+    return put(f"{name}.{kind}.index.json", raw({"metadata": {}, "weight_map": {"x": shard}}))
+
+
 REMOTE_CODE = b'open("marker", "w").write("code that came with a model has run")\n'
 
 
@@ -739,6 +745,19 @@ MODELS = {  # name: (what is done to a good folder, what the message names besid
         other_architecture("Bart", "BartForConditionalGeneration", **BART), "encoder-decoder"
     ),
     "images": (lambda folder: put("config.json", b'{"model_type": "vit"}')(folder), "vit"),
+    "adapter": (put("adapter_config.json", b'{"base_model_name_or_path": "tiny"}'), "LoRA adapter"),
+    "index-pickle": (index("model", "weights.bin"), "weights.bin"),
+    "index-outside": (index("model", "../tiny/model.safetensors"), "../tiny/model.safetensors"),
+    "index-absolute": (index("model", "/tmp/m.safetensors"), "/tmp/m.safetensors"),
+    "index-bin-outside": (index("pytorch_model", "../weights.bin"), "../weights.bin"),
+    "index-number": (index("model", 3), "model.safetensors.index.json"),
+    "weights-named": (change("config.json", transformers_weights="adapter_model.bin"), "adapter"),
+    "encoder": (other_architecture("Bert", "BertForMaskedLM", **BERT), "encoder"),
+    "pad-outside": (change("tokenizer_config.json", pad_token="<|far|>"), "pad token"),
+    "stop-text": (change("generation_config.json", eos_token_id=["end"]), "stop token"),
+    "stop-negative": (change("generation_config.json", eos_token_id=-3), "stop token"),
+    "stop-outside": (change("generation_config.json", eos_token_id=[0, 10**30]), "stop token"),
+    "a-pipe": (lambda f: os.mkfifo(f / "pytorch_model.bin"), "pytorch_model.bin"),
     "remote-config": (
         remote({"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}, model_type="evil"), ""
     ),

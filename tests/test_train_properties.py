@@ -88,7 +88,7 @@ def test_repeats_are_those_of_a_set(ids, n):
     assert found == (len(grams) - len(set(grams)), len(grams))
 
 
-@prop("train.update", "train.loss_of", "harness.StudentLogProbs", examples=15, seed=seeds,
+@prop("train.update", "train.loss_of", "fast.StudentLogProbs", examples=15, seed=seeds,
       prompts=prompts_of_ids, rows=st.integers(0, 3), tokens=st.integers(0, 30),
       objective=st.sampled_from(["pg", "rkl", "fkl", "jsd"]), updates=st.integers(1, 2),
       fast=st.sampled_from(["on", "off"]))
@@ -146,7 +146,7 @@ def test_needs_are_what_the_phases_read(method, margin, world):
     assert pair.student_and_teacher(args) == paths | {"--student": "mine"}
 
 
-@prop("harness.check_folder", "harness.make_folder", "harness.Stopwatch", examples=40,
+@prop("harness.check_folder", "harness.Claim", "harness.Stopwatch", examples=40,
       kinds=st.lists(st.sampled_from(["nothing", "run", "run", "foreign", "file"]), max_size=4))
 def test_no_run_is_ever_overwritten(kinds):
     with tempfile.TemporaryDirectory() as folder:
@@ -163,8 +163,12 @@ def test_no_run_is_ever_overwritten(kinds):
                 assert str(out) in str(error)
                 return
             assert not out.is_file() and (not held or "config.json" in held)
-            checkpoint.make_folder(out)
-            assert not any(out.iterdir())
+            with contextlib.closing(harness.Claim(out)) as claim:
+                claim.take()
+                claim.begin()
+                assert not any(out.iterdir())
+            if kind in ("run", "foreign"):
+                out.mkdir(parents=True, exist_ok=True)  # what stays empty goes
             if kind in ("run", "foreign"):
                 text = json.dumps({"flags": {"number": number}})
                 (out / ("config.json" if kind == "run" else "x")).write_text(text)
@@ -183,7 +187,7 @@ SHORT = ["--prompts-per-step", 3, "--difficulty", 1, "--max-new-tokens", 14, "--
 
 
 @prop("train.sample", "train.weigh", "train.train_step", "evaluate.on_held_out", "harness.Run",
-      "harness.load_prompts", "harness.load_models", "harness.fingerprint", "harness.batch_sums",
+      "harness.load_prompts", "harness.load_models", "harness.open_prompts", "harness.batch_sums",
       "harness.log_line", "harness.say_result", "harness.check_sampling",
       examples=4, method=METHODS, mask=st.none() | mask_names,
       objective=st.sampled_from([None, "pg", "topk", "rkl", "fkl", "jsd"]),
@@ -218,7 +222,7 @@ def test_any_method_takes_a_step_and_logs_finite_numbers(
         for name, tensor in again.model.state_dict().items():
             assert name not in saved or torch.equal(tensor, saved[name].float())
         assert again.position.step == args.steps and again.position.skipped == 0
-        assert config["prompts_sha256"] == again.fingerprint()
+        assert config["problems_sha256"] == again.fingerprint()
         assert toy.exists(out / "student") and f"wrote {out}" in said.getvalue()
     first, step, last = lines
     problems, mine = again.problems_of(0)

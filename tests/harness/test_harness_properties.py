@@ -18,6 +18,7 @@ import torch
 from conftest import VOCABULARY, write_model
 from hypothesis import assume
 from hypothesis import strategies as st
+from inputs import byte_tokenizer
 from properties import (
     ROOT,
     TOYS,
@@ -31,6 +32,7 @@ from properties import (
     texts,
     tiny,
 )
+from transformers import GPT2Config
 
 import evaluate
 import harness
@@ -389,6 +391,62 @@ def test_a_machine_without_git_or_data_is_described_and_refused_what_it_lacks(gi
     assert facts["device"] and facts["threads"] == torch.get_num_threads()
     assert list(facts["versions"]) == ["python", "torch", "transformers", "numpy", "math-verify"]
     assert git or facts["commit"] is None
+
+
+@prop("harness.tell", "harness.tell_skipped", "harness.open_regular", "harness.parse_json",
+      "harness.read_json", examples=60, data=st.binary(max_size=9), text=st.text(max_size=9))
+def test_what_is_read_is_json_of_a_regular_file_and_what_is_told_is_one_line(data, text):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as said:
+        path = Path(folder, "x")
+        for content in (data, json.dumps({text: [text]}).encode()):
+            path.write_bytes(content)
+            with harness.cli.open_regular(path) as file:
+                assert file.read() == content
+            try:
+                assert harness.cli.read_json(path) == harness.cli.parse_json(content, "x")
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: ")
+        assert harness.cli.read_json(path) == {text: [text]}
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(ValueError, match="not a regular file"):
+            harness.cli.read_json(path)
+        harness.tell_skipped("x.py", [])
+        harness.tell_skipped("x.py", [text, text])
+        harness.cli.tell("x.py", text)
+    assert said.getvalue().count("\n") == 2 and "leaves out 2" in said.getvalue()
+    assert said.getvalue().replace("\n", "").isprintable()
+
+
+names = st.sampled_from(["a.safetensors", "b/a.safetensors", "a.bin", "../a.safetensors", "",
+                         "/a.safetensors", "b//a.safetensors", 3, None])  # fmt: skip
+
+
+@prop("harness.check_weight_files", "harness.check_tokens", examples=40,
+      files=st.dictionaries(st.text(max_size=2), names, min_size=1, max_size=3),
+      stops=st.integers(-1, 9) | st.lists(st.integers(0, 9), min_size=1) | st.just("end"))
+def test_weights_and_tokens_of_a_folder_are_its_own_or_refused(files, stops):
+    good = {"a.safetensors", "b/a.safetensors"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors.index.json")
+        path.write_text(json.dumps({"weight_map": files}))
+        try:
+            harness.models.check_weight_files(folder)
+        except ValueError as error:
+            assert str(error).startswith(folder) and not good.issuperset(files.values())
+        else:
+            assert good.issuperset(files.values())
+        Path(folder, "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        config = GPT2Config(vocab_size=5, eos_token_id=None, bos_token_id=None)
+        tokenizer = byte_tokenizer()
+        tokenizer.pad_token_id, tokenizer.eos_token_id = 1, 2
+        ids = [stops] if not isinstance(stops, list) else stops
+        try:
+            harness.check_tokens({folder: config}, tokenizer)
+        except ValueError as error:
+            assert folder in str(error) and any(type(i) is str or i < 0 for i in ids)
+        else:
+            assert all(0 <= i for i in ids)
 
 
 @prop("harness.check_device", examples=40, device=st.text(max_size=8) | st.sampled_from(

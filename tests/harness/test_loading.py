@@ -5,7 +5,9 @@ import shutil
 import socket
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import nltk
 import pytest
@@ -195,6 +197,43 @@ def test_pad_id_falls_back_to_eos():
     tokenizer = byte_tokenizer()
     assert harness.pad_id(tokenizer) == tokenizer.eos_token_id
     assert harness.pad_id(build.build_tokenizer()) == build.build_tokenizer().pad_token_id
+
+
+def test_a_special_token_that_is_unk_is_told_from_unknown_text():
+    """In a text it is a control token; where the template writes it, it is the template's."""
+    tokenizer = build.build_tokenizer()
+    with pytest.raises(ValueError, match=r"p:1: the text contains the control token '<\|unk\|>'"):
+        harness.render_prompts(tokenizer, ask("Where does <|unk|> stop?"))
+    tokenizer.chat_template = "<|unk|>{{ messages[0]['content'] }}"
+    assert harness.render_prompts(tokenizer, ask("Where does it stop?"))
+    with pytest.raises(ValueError, match="p:1: the tokenizer has no tokens"):
+        harness.render_prompts(tokenizer, ask("Where is the elephant?"))
+
+
+def test_a_template_prints_the_day_that_it_is_told():
+    day = datetime(2024, 2, 3)
+    tokenizer = byte_tokenizer("{{ strftime_now('%d %b %Y') }}: {{ messages[0]['content'] }}")
+    (ids,), (now,) = (harness.render_prompts(tokenizer, ask("x"), day=d) for d in (day, None))
+    assert tokenizer.decode(ids) == "03 Feb 2024: x"
+    assert tokenizer.decode(now) == datetime.now().strftime("%d %b %Y: x")
+
+
+def test_bad_problems_are_left_out_with_a_count(tmp_path):
+    """A broken line, a control token, a text that is too long; the rest is as it would be alone."""
+    lines = [{"problem": str(i), "answer": 1} for i in range(9)]
+    lines[2], lines[4] = b"{", {"problem": "<|end|>", "answer": 1}
+    lines[8] = {"problem": "y" * 99, "answer": 1}
+    path, tokenizer, skipped = write(tmp_path / "p.jsonl", *lines), byte_tokenizer(), []
+    config, args = tiny_model(tokenizer, context=60).config, SimpleNamespace(thinking=False)
+    args.max_new_tokens = 4
+    problems = harness.load_problems(path, skipped=skipped)
+    how = {"configs": {"m": config}, "skipped": skipped}
+    problems, prompts = harness.open_prompts(args, tokenizer, problems, **how)
+    assert [p["messages"][0]["content"] for p in problems] == ["0", "1", "3", "5", "6", "7"]
+    assert prompts == harness.render_prompts(tokenizer, problems)
+    assert [why.split(": ")[0] for why in skipped] == [f"{path}:{n}" for n in (3, 5, 9)]
+    with pytest.raises(ValueError, match="leaves no problem; p:1: "):
+        harness.open_prompts(args, tokenizer, ask("<|end|>"), skipped=[])
 
 
 # --------------------------------------------------------------------------------------- models

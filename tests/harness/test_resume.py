@@ -1,6 +1,7 @@
 """Runs that are stopped, killed, resumed, starved or fed nonsense: the real commands."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from conftest import write_model
 from runs import read_log
 from safetensors.torch import load_file
 
@@ -458,6 +460,144 @@ def test_two_processes_do_not_write_one_run(tmp_path):
         forked.finish(first, place)
     run("--resume", cwd=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+WAITS = """
+import os, time
+from pathlib import Path
+old = train.harness.pair.load_models
+def load_models(*args):
+    Path("loading").touch()
+    while not Path("go").exists():
+        time.sleep(0.01)
+    return old(*args)
+train.harness.pair.load_models = load_models
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume",)])
+def test_of_several_starts_one_writes_while_it_still_loads(flags, whole, tmp_path):
+    """The others are refused at once; nothing is left over but the run."""
+    first = forked.start([*FLAGS, "--out", "run", *flags], tmp_path, FEW + WAITS)
+    while first[0].exitcode is None and not (tmp_path / "loading").exists():
+        time.sleep(0.01)
+    others = [forked.start([*FLAGS, "--out", "run", *flags], tmp_path, FEW) for _ in range(2)]
+    for done in [forked.finish(*other) for other in others]:
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "--out run: another process is writing this run" in done.stderr
+    (tmp_path / "go").touch()
+    assert forked.finish(*first).returncode == 0
+    assert_same(tmp_path / "run", whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["go", "loading", "run"]
+
+
+def test_a_refused_start_leaves_nothing_and_an_older_run_where_it_was(tmp_path, begun):
+    place, command = begun
+    before = sorted(place.rglob("*"))
+    forked.run([*FLAGS, "--out", "a/b/c", "--problems", "none.jsonl"], tmp_path, fails=True)
+    assert not list(tmp_path.iterdir())
+    forked.run([*command, "--teacher", "nowhere/at/all"], place, fails=True)
+    assert sorted(place.rglob("*")) == before
+
+
+def edit_facts(run, change):
+    """Change the facts of the last checkpoint, and its checksum with them."""
+    path = checkpoint.newest(run)
+    files = [path / "facts.json", path / "checksums.json"]
+    facts, sums = (json.loads(file.read_text()) for file in files)
+    change(facts)
+    (path / "facts.json").write_text(json.dumps(facts))
+    sums["facts.json"] = checkpoint._sha256(path / "facts.json")
+    (path / "checksums.json").write_text(json.dumps(sums))
+
+
+def edit_config(run, **values):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | values))
+
+
+def pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+ODD = {  # what is done to a run, and what the message names
+    "resumed": (lambda run: edit_config(run, resumed=3), "run/config.json"),
+    "date": (lambda run: edit_config(run, date="\x1b[2J"), "run/config.json"),
+    "before": (lambda run: edit_config(run, problems_sha256=None), "earlier version"),
+    "pipe": (lambda run: pipe(run / "log.jsonl"), "log.jsonl"),
+    "dropped": (lambda run: pipe(run / "log.dropped.jsonl"), "log.dropped.jsonl"),
+    "folder": (lambda run: (run / "log.dropped.jsonl").mkdir(), "log.dropped.jsonl"),
+    "line": (lambda run: (run / "log.jsonl").write_bytes(
+        b"\x1b" + (run / "log.jsonl").read_bytes()[1:]), "run/log.jsonl:1"),
+    "step": (lambda run: edit_facts(run, lambda f: f["position"].update(step=-5)), "facts.json"),
+    "steps": (lambda run: edit_facts(run, lambda f: f["position"].update(step=10**30)), "facts"),
+    "key": (lambda run: edit_facts(run, lambda f: f["position"].update(x=1)), "facts.json"),
+    "bytes": (lambda run: edit_facts(run, lambda f: f["position"].update(log_bytes=9)), "jsonl:1"),
+    "rate": (lambda run: edit_facts(run, lambda f: f["options"][0].update(lr="x")), "facts.json"),
+    "random": (lambda run: edit_facts(run, lambda f: f["position"].update(random=[3])), "step-"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_bytes_of_a_run_folder_are_not_trusted(begun, name, tmp_path):
+    place, command = begun
+    shutil.copytree(place, tmp_path / "copy")
+    run, (change, culprit) = tmp_path / "copy" / "run", ODD[name]
+    change(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = forked.run([*command, "--resume"], tmp_path / "copy", fails=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and culprit in done.stderr
+    assert "\x1b" not in done.stderr
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_overflow_while_sampling_is_a_skipped_step(tmp_path):
+    flags = ("--lr", "1e18", "--eval-every", "0", "--max-skipped-steps", "3")
+    done = run(*flags, cwd=tmp_path, fails=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "FloatingPointError: step" in last and "rollouts 0 (problem" in last, done.stderr
+    assert [line["skipped"] for line in read_log(tmp_path / "run")[0]][-2:] == [1, 1]
+    (saved,) = (tmp_path / "run" / "faults").glob("step-*.safetensors")
+    assert load_file(saved)["student_logp_BT"].isnan().any()
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "0"}, {"WORLD_SIZE": "2", "RANK": "2"},
+                                         {"RANK": "x"}, {"LOCAL_RANK": "-1"}])  # fmt: skip
+def test_processes_that_make_no_sense_are_one_line(environment, tmp_path):
+    done = forked.finish(*forked.start(FLAGS, tmp_path, **environment))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert [*environment][-1] in done.stderr
+
+
+def test_a_terminal_that_takes_nothing_ends_no_run(whole, tmp_path):
+    code = "import os\nfor n in (1, 2):\n    os.dup2(os.open('/dev/full', os.O_WRONLY), n)\n"
+    run(cwd=tmp_path, code=code)
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_run_goes_on_on_another_day_with_a_template_that_prints_it(tmp_path):
+    """The prompts are those of the first day; a changed template is refused."""
+    write_model(tmp_path / "m", max_position_embeddings=4096)
+    template = "{{ strftime_now('%d %b') }}{{ messages[0]['content'] }}"
+    (tmp_path / "m" / "chat_template.jinja").write_text(template)
+    (tmp_path / "p.jsonl").write_text('{"problem": "a", "answer": 1}\n')
+    command = "--student m --teacher m --problems p.jsonl --method opd --max-new-tokens 4 "
+    command += "--steps 2 --prompts-per-step 2 --checkpoint-every 1 --out run"
+    command = command.split()
+    forked.run(command, tmp_path)
+    edit_config(tmp_path / "run", date="2024-02-03")
+    seen = """
+def prompts_of(self, step, old=train.harness.Run.prompts_of):
+    print(self.tokenizer.decode(old(self, step)[0][0]))
+    return old(self, step)
+train.harness.Run.prompts_of = prompts_of
+"""
+    done = forked.run([*command, "--resume", "--steps", "3"], tmp_path, seen)
+    assert "03 Feb" in done.stdout
+    (tmp_path / "m" / "chat_template.jinja").write_text("x" + template)
+    done = forked.run([*command, "--resume", "--steps", "4"], tmp_path, fails=True)
+    assert done.returncode == 2 and "files or chat template have changed" in done.stderr
 
 
 def test_everything_in_a_checkpoint_is_used(whole):
