@@ -5,37 +5,32 @@ r"""The answer in a response, and whether it equals the reference. Nothing is ev
     value            the exact value of a plain number, a ratio, a mixed number or a power
     is_correct       equal as text, in value or item by item; if that is unknown, for `math-verify`
 
-`math-verify` is asked only where it is installed, so figures from machines with and without it can
-differ. It can hang and eats memory on towers of powers, so it runs in another process.
+`math-verify` is asked only where it is installed: figures with and without it can differ. It can
+hang and eats memory on towers of powers, so it runs in another process.
 """
 
-import atexit
 import contextlib
 import functools
 import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 from fractions import Fraction
+from subprocess import DEVNULL, PIPE, Popen
 
 # ------------------------------------------------------------------------------------ extraction
 _BRACES = re.compile(r"(?P<box>\\\\?(?:boxed|fbox)\s*\{)|\\.|(?P<brace>[{}])", re.DOTALL)
-_ONE_LIST = re.compile(  # between two boxes: "and", a comma or no word at all, but no full stop
-    r"(?!.*(?:[.!?][\s$\\]|\n\s*\n))(?:\W+|.*(?:[,;&]|\b(?:and|or)\b|quad).*)", re.DOTALL
-)
+_AND = re.compile(r"(?s)(?!.*(?:[.!?][\s$\\]|\n\s*\n))(?:\W+|.*(?:[,;&]|\b(?:and|or)\b|quad).*)")
 _MARKED = re.compile(r"^[ \t]*####[ \t]*(?:(.+)\Z|([-+$0-9.,/%]+)[ \t]*$)", re.MULTILINE)
 _DIGITS = r"(?:(?<![0-9.,])[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])|[0-9]+)"
 _UNSIGNED = rf"(?:{_DIGITS}(?:\.[0-9]+)?|(?<![0-9.])\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-_NUMBER = re.compile(  # a minus after a digit, letter or bracket is an operation: 10-7 ends in 7
-    rf"(?:(?<![0-9A-Za-z)\]}}])[-+\u2212])?{_UNSIGNED}(?:\s?/\s?{_UNSIGNED})?"
-)
+# a minus after a digit, letter or bracket is an operation or a range: 10-7 ends in 7
+_NUMBER = re.compile(rf"(?:(?<![0-9A-Za-z)\]}}])[-+\u2212])?{_UNSIGNED}(?:\s?/\s?{_UNSIGNED})?")
 _SIGN = r"[-+*/^_=<>|{}0-9\u2212×·√π∞∪]|[.,](?=[0-9\\}])|\\(?:text\{[^{}]*\}|[A-Za-z]+|[!%{},;:])"
-_LETTER = r"(?<=[0-9)}^_{(+*/=-])[A-Za-z](?![A-Za-z])|(?<![A-Za-z])[A-Za-z](?=[\^_(=])"
-_TUPLE = rf"[(\[](?:{_SIGN}|[ ,;.]|(?<![A-Za-z])[A-Za-z](?![A-Za-z]))*[)\]]"
-_BARE = rf"(?:{_SIGN}|{_LETTER}|{_TUPLE}|[()\[\]])"
+_SIGN += "|(?<![A-Za-z])[B-HJ-Zb-z](?![A-Za-z])"  # not the words a, A and I
+_BARE = rf"(?:{_SIGN}|[(\[](?:{_SIGN}|[ ,;.aA])*[)\]]|[()\[\]])"
 _MATH = re.compile(  # between dollars, but no prose ("$5 and $7"); in other delimiters; in neither
     r"(?<!\\)(\$\$?)((?:\\text\{[^{}]*\}|(?!\s[A-Za-z]{2,}\s)[^$])+)\1"
     rf"|\\[(\[]((?:[^\\]|\\[^()\[\]])*)\\[)\]]|({_BARE}(?: ?{_BARE})*)"
@@ -56,7 +51,7 @@ def _boxes(text):
         return None
     for box in closed[-2::-1]:
         if box[1] <= (end := boxes[-1][0]):  # else it is inside of that one
-            if end - box[1] > 40 or not _ONE_LIST.fullmatch(text, box[1], end):
+            if end - box[1] > 40 or not _AND.fullmatch(text, box[1], end):
                 break
             boxes.append(box)
     return boxes
@@ -74,12 +69,10 @@ def extract_answer(text):
     """
     thought, _, after = text.rpartition("</think>")
     text = (after if after.strip() else thought or text).rstrip()
-    if (boxes := _boxes(text)) is None:
-        return None
-    if boxes:
+    if boxes := _boxes(text):
         return text[boxes[0][2] if len(boxes) == 1 else slice(boxes[-1][0], boxes[0][1])]
-    if marked := _MARKED.findall(text):
-        return "".join(marked[-1])
+    if boxes is None or (marked := _MARKED.findall(text)):
+        return boxes if boxes is None else "".join(marked[-1])
     symbols = None
     for match in reversed(list(_MATH.finditer(text))):
         exact, _, rounded = (match[2] or match[3] or match[4]).partition(r"\approx")
@@ -98,44 +91,40 @@ def extract_answer(text):
 
 
 # ------------------------------------------------------------------------------------ comparison
-_WORDS = r"""− - – - × * · * π \pi ∞ \infty √ \sqrt ∪ \cup ≤ \le ≥ \ge ≠ \ne ∈ \in ° ^\circ ² ^2 ³ ^3
+_WORDS = r"""− - × * · * π \pi ∞ \infty √ \sqrt ∪ \cup ≤ \le ≥ \ge ≠ \ne ∈ \in ° ^\circ ² ^2 ³ ^3
     \times * \cdot * \dfrac \frac \tfrac \frac \cfrac \frac \lt < \gt > \leq \le \geq \ge \neq \ne
     <= \le >= \ge != \ne pi \pi sqrt \sqrt infinity \infty and , or , percent % pct % percentage %
-    thousand *10^3 million *10^6 billion *10^9 bmatrix pmatrix""".split()
-_SPELLINGS = dict(zip(_WORDS[::2], _WORDS[1::2], strict=True))
+    thousand *10^3 million *10^6 billion *10^9 – - bmatrix pmatrix""".split()
+_SPELLINGS = {one: f"{other} " for one, other in zip(_WORDS[::2], _WORDS[1::2], strict=True)}
 _SIMPLE = r"\(([-+]?[\w.]+|\\[A-Za-z]+|\\sqrt\([^()]*\))\)"
 _REWRITES = 2 * [  # twice, for what stands inside of something
     (r",\s*\\!\s*|\{\s*,\s*\}", ","), (r"~|(?<!\\)\\ |\\q?quad(?![A-Za-z])", " "),
     (r"\\?\$|(?<!\\)\\[()\[\]]|\\[!,;:]|\\(?:left|right|displaystyle)(?![A-Za-z])|[€£]", ""),
     (r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|left|right|text|pi|le|ge)(?![a-z]))", r"\\"),
     (r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|bb)|mbox|boxed)\s*\{([^{}]*)\}", r"\1"),
-    (r"\\?[A-Za-z]+|[<>!]=|[^ -~]", lambda m: f"{_SPELLINGS.get(m[0], m[0])}{' ' * (m[0] in _SPELLINGS)}"),
+    (r"\\?[A-Za-z]+|[<>!]=|[^ -~]", lambda match: _SPELLINGS.get(match[0], match[0])),
     (r"^\*\*|\*\*$|^\s+|\s*\.?\s*$|(?:^|(?<=[(\[,]))\+\s*(?=[0-9.\\])|\\\\\s*(?=\\end)", ""),
-    (r"^\{([^{}]*)\}$", r"\1"), (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup"),
+    (r"^[-+]?[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]*)?$",
+     lambda match: re.sub("[ ,]", "", match[0])),
+    (r"^\{([^{}]*)\}$", r"\1"), (r"^(?:[A-Z][a-z]{2,}( \w[a-z]+)*|No)$", lambda m: m[0].lower()),
+    (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup"), (r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1"),
     (r"([\^_])\s*\{\s*(-?[0-9]+|[A-Za-z])\s*\}(?![0-9])", r"\1\2"),
-    (r"([\^_])\{([^{}]*)\}", r"\1(\2)"), (r"\\sqrt\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))", r"\\sqrt(\1\2)"),
+    (r"\\sqrt\s*([0-9A-Za-z])", r"\\sqrt(\1)"), (r"([\^_]|\\sqrt)\s*\{([^{}]*)\}", r"\1(\2)"),
     (r"\\frac\s*(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))", r"\\frac{\1\2}{\3\4}"),
     (r"([0-9])\s*\\frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1 \2/\3"),  # one and a half, not 11/2
     (r"(?<![\w)}\]])\\frac\{([^{}]*)\}\{([^{}]*)\}(?![\w({\\])", r"(\1)/(\2)"),
     (rf"(?<![\w)}}\]]){_SIMPLE}(?=/)|(?<=/){_SIMPLE}(?![\w({{\\^])", r"\1\2"),
     (r"(?<=[0-9])\s*\*\s*10\s*\^\s*\(?\s*([-+]?[0-9]+)\s*\)?$", r"e\1"),
     (r"(?<=[0-9)])\s*(?:\\?%|\^\s*\(?\s*\\circ\s*\)?|\\degrees?)$", ""),
-    (r"^(?:[A-Z][a-z]{2,}(?: [A-Za-z][a-z]+)*|No)$", lambda m: m[0].lower()),
-    (r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1"),
-    (r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])|(?<=[0-9]) (?=[A-Za-z])", ""),
+    (r"(?<![0-9A-Za-z,]) | (?![0-9A-Za-z])|(?<=[0-9]) (?=[A-Za-z])", ""),
 ]  # fmt: skip
-_THOUSANDS = re.compile(r"\s*[-+]?[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]*)?\s*")
 _PLAIN = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?"  # no exponent of a billion
 _RATIO = rf"([-+]?)(?:([0-9]+) (?=[0-9]+/[0-9]))?({_PLAIN})(?:\^(-?[0-9]{{1,3}}))?(?:/({_PLAIN}))?"
-_UNIT = re.compile(  # after a number: \text{...}, or words of three letters or more
-    r"(?<=[\w)}\]])(?:\s|~|\\[ ,;])*(?:\\(?:text\w*|mathrm|mbox)\s*\{(?![^{}]*@)[^{}0-9]+\}"
-    r"|(?<=[\s0-9])(?!@)[a-z]{3,}(?: [a-z]+){0,2})(?:\^\{?[23]\}?)?[.\s$]*$"
-    .replace("@", r"\b(?:hundred|thousand|[bmtr]+illion|dozen|and|or)\b")
-)  # fmt: skip
-_NAME = re.compile(  # x=, f(2)=, (x,y)=, x\in; 5+5= before 10
-    r"(?:^|(?<=[,;(]))(?:(?:[A-Za-z|\\:/'{}_.\s]|(?<=_)[0-9]|\([^()=]*\))+(?:=|\\in(?![a-z]))"
+_UNIT = r"(?<=[\w)}\]])(?!.*\b(?:hundred|thousand|(?:m|b|tr)illion|dozen|and|or)\b)" \
+    r"(?:\s|~|\\[ ,;])*(?:\\(?:text\w*|mathrm|mbox)\s*\{[^{}0-9]+\}|(?<=[\s0-9])[a-z]{3,}(?: [a-z]+)?)" \
+    r"(?: [a-z]+)?(?:\^\{?[23]\}?)?[.\s$]*$"  # \text{..}, or words of three letters
+_NAME = r"(?:^|(?<=[,;(]))(?:(?:[A-Za-z|\\:/'{}_.\s]|(?<=_)[0-9]|\([^()=]*\))+(?:=|\\in(?![a-z]))" \
     r"(?:[-0-9+*/.()^]+=)*|(?:[-0-9+*/.()^]+=)+(?=[-0-9./]+$))"
-)
 LONGEST_ANSWER = 1000  # characters; longer ones are compared as they are
 
 
@@ -145,12 +134,8 @@ def normalise(text):
     >>> normalise(r"$1{,}234.$"), normalise(r"\left( \dfrac12, x \right)"), normalise(r"90^\circ")
     ('1234', '(1/2,x)', '90')
     """
-    text = re.sub(r"\s+", " ", text)
-    for i, (pattern, replacement) in enumerate(_REWRITES):
-        if i < len(_REWRITES) / 2 and _THOUSANDS.fullmatch(text):  # later "1, 234" is "1,234"
-            text = re.sub("[ ,]", "", text)
-        text = re.sub(pattern, replacement, text)
-    return text.replace(r"\{", "{").replace(r"\}", "}")
+    text = functools.reduce(lambda t, rule: re.sub(*rule, t), _REWRITES, re.sub(r"\s+", " ", text))
+    return re.sub(r"\\(?=[{}])|(?<=,) ", "", text.replace(";", ","))
 
 
 def value(text):
@@ -162,41 +147,36 @@ def value(text):
     match = re.fullmatch(_RATIO, text)
     if not match or 0 in (Fraction(match[5] or 1), match[4] and Fraction(match[3])):
         return None
-    power = Fraction(match[3]) ** int(match[4] or 1)
-    exact = int(match[2] or 0) + power / Fraction(match[5] or 1)
+    exact = int(match[2] or 0) + Fraction(match[3]) ** int(match[4] or 1) / Fraction(match[5] or 1)
     return -exact if match[1] == "-" else exact
 
 
-def _form(text, brackets=r"^\{([^{}]*)\}$|^\(([^,(){}]*)\)$"):
-    """A normalised text with its values as ratios; what has no order, a list or a set, is sorted."""
-    text = re.sub(brackets, r"\1\2", text)
-    numbers = re.compile(r"[^,;()\[\]{}]+")
-    text = numbers.sub(lambda m: m[0] if (x := value(m[0])) is None else str(x), text)
-    items = re.split(r"[,;](?![^(\[{]*[)\]}])", text)  # not inside of brackets
-    return ",".join(sorted({*items} - {""})).replace(";", ",")
+def _form(text):
+    """A normalised text, its values as ratios; sorted what has no order, a list or a set."""
+    text = re.sub(r"^\{([^{}]*)\}$|^\(([^,(){}]*)\)$", r"\1\2", text)
+    text = re.sub(r"[^,()\[\]{}]+", lambda m: str(value(m[0])).replace("None", m[0]), text)
+    return ",".join(sorted({*re.split(r",(?![^(\[{]*[)\]}])", text)} - {""}))
 
 
 def _known(answer, reference):
-    """Whether two texts are equal, or None if only `math-verify` could tell. Left out is what one
-    of them has and the other has not: a unit, "x =", brackets, what follows a choice's letter."""
-    forms = [[normalise(text), normalise(_UNIT.sub("", text))] for text in (answer, reference)]
+    """Whether two texts are equal but for a unit, "x=" or brackets; None if that is not known."""
+    forms = [[normalise(text), normalise(re.sub(_UNIT, "", text))] for text in (answer, reference)]
     for mine, other in (forms, forms[::-1]):
-        if (choice := re.match(r"\(?([A-J])[).:]", mine[0])) and re.fullmatch(r"\(?.\)?", other[0]):
+        if len(other[0].strip("()")) == 1 and (choice := re.match(r"\(?([A-J])[).:]", mine[0])):
             mine[0] = choice[1]
     for i, j in ((0, 0), (1, 0), (0, 1), (1, 1)):
         one, other = forms[0][i], forms[1][j]
-        names = [_NAME.findall(text) for text in (one, other)]
+        names = [re.findall(_NAME, text) for text in (one, other)]
         if [] in names or names[0] == names[1] and len(names[0]) == 1:
-            one, other = _NAME.sub("", one), _NAME.sub("", other)
+            one, other = re.sub(_NAME, "", one), re.sub(_NAME, "", other)
         same = {_form(one), _form(f"({one})")} & {_form(other), _form(f"({other})")} - {"", "()"}
         if same and (i, j) != (1, 1):  # the last pair lacks both units, and may be different still
             return True
     if all(re.fullmatch(r"[-0-9/,()\[\]{}]*", _form(text)) for text in (one, other)):
         return None if same or ("%" in answer) != ("%" in reference) else False  # 50% is 0.5, too
-    if one.casefold() == other.casefold():  # X is not x; of words the judge decides
-        return None if same or len(one) > 2 and one.isalpha() else False
-    if "," in one and re.sub(r"[()\[\]{}]", "", one) == re.sub(r"[()\[\]{}]", "", other):
-        return False  # a tuple and a set, open and closed intervals
+    bare = [re.sub(r"[()\[\]{}]" if "," in one else "^$", "", x.casefold()) for x in (one, other)]
+    if bare[0] == bare[1] and not same:  # X and x, a tuple and a set; of words the judge decides
+        return None if len(one) > 2 and one.isalpha() else False
     return False if ("=" in one) != ("=" in other) else None
 
 
@@ -204,13 +184,12 @@ def is_correct(answer, reference, *, timeout=5.0):
     r"""Whether an answer (text or None) equals the reference (text or number). Never raises.
 
     The reference may be a whole solution with a \boxed{} or "####". Several boxes of an answer are
-    a list if the reference is one; otherwise the last one counts. What is not known to be equal or
-    different is put to `math-verify`, for at most `timeout` seconds.
+    a list if the reference is one, else the last one counts. `timeout`: seconds for `math-verify`.
 
     >>> is_correct(r"\dfrac12", "0.5"), is_correct("$1{,}000.$", "1000"), is_correct("2", "3")
     (True, True, False)
     """
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no process or package; 5000 digits
         texts = ["" if answer is None else str(answer).strip(), str(reference).strip()]
         if texts[0] == texts[1]:
             return texts[0] != ""
@@ -219,16 +198,14 @@ def is_correct(answer, reference, *, timeout=5.0):
         for i in (1, 0):
             boxes = [texts[i][box[2]] for box in _boxes(texts[i]) or ()]
             if len(boxes) > 1:
-                several = i == 1 or re.search("[,;]", normalise(texts[1]))
+                several = i == 1 or "," in normalise(texts[1])
                 texts[i] = ", ".join(boxes[::-1]) if several else boxes[0]
         if "" in texts or max(map(len, texts)) > LONGEST_ANSWER:
             return False
-        if (known := _known(*texts)) is not None:
-            return known
-        installed = importlib.util.find_spec("math_verify") is not None
-        return installed and _verify(*texts, float(timeout))
-    except (OSError, ValueError):  # no process; no package of that name; a number of 5000 digits
-        return False
+        if (known := _known(*texts)) is None and importlib.util.find_spec("math_verify"):
+            known = _verify(*texts, float(timeout))
+        return bool(known)
+    return False
 
 
 # ------------------------------------------------------------------- math-verify, if it is there
@@ -236,8 +213,7 @@ _JUDGE = r"""
 import contextlib, json, os, sys
 out, sys.stdout = sys.stdout, open(os.devnull, "w")
 with contextlib.suppress(Exception):  # a tower of powers eats memory faster than time
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    import resource as r; r.setrlimit(r.RLIMIT_AS, (4 << 30, 4 << 30))
 from math_verify import parse, verify
 print("ready", file=out, flush=True)
 for line in sys.stdin:
@@ -248,31 +224,27 @@ for line in sys.stdin:
     print("yes" if right else "no", file=out, flush=True)
 """
 _judges, _judge_lock = [], threading.Lock()  # at most one process, kept: importing takes seconds
-atexit.register(lambda: [judge.kill() for judge in _judges])
 
 
 @functools.lru_cache(maxsize=100_000)  # the same wrong answer comes again and again
 def _verify(answer, reference, timeout):
-    """What the judge says; one that fails or is late is killed."""
     with _judge_lock:
         questions = [(json.dumps([answer, reference]) + "\n", timeout)]
         if not _judges:
-            path = os.pathsep.join(p for p in sys.path if p)
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            pipes |= {"stderr": subprocess.DEVNULL, "env": os.environ | {"PYTHONPATH": path}}
-            _judges.append(subprocess.Popen([sys.executable, "-c", _JUDGE], **pipes))
+            env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            how = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "text": True, "bufsize": 1}
+            _judges.append(Popen([sys.executable, "-c", _JUDGE], env=env, **how))
             questions.insert(0, ("", 60.0))  # until it is ready
         for question, seconds in questions:
             timer, reply = threading.Timer(seconds, _judges[0].kill), ""
             timer.start()  # signal.alarm works on the main thread only
             with contextlib.suppress(OSError):
                 _judges[0].stdin.write(question)
-                _judges[0].stdin.flush()
                 reply = _judges[0].stdout.readline()
             timer.cancel()
             timer.join()  # from here on it has killed or never will
             if not reply or _judges[0].poll() is not None:
                 _judges[0].kill()
                 _judges.pop().wait()
-                return False
+                return False  # it has failed or is late
     return reply == "yes\n"
