@@ -77,11 +77,11 @@ def extract_answer(text):
     for match in reversed(list(_MATH.finditer(text))):
         exact, _, rounded = (match[2] or match[3] or match[4]).partition(r"\approx")
         math = exact if "=" in exact or not rounded else rounded
-        _, *sides = re.split(r"^|(?<![<>!])=(?![^{]*\})", math)  # not the one of \sum_{k=0}
+        _, *sides = re.split(r"^|(?<![<>!])=(?![^{}=]*\})", math)  # not the one of \sum_{k=0}
         if not re.search("[,;]|or|and", "".join(sides[1:-1])) and sides[-1].strip() != "0":
             math = sides[-1]  # but of "x = 1, y = 2" and of "... = 0" all
         math = re.sub(r"^[-+*/<>|]\s|^[\s*:;,.&|]+|[\s*:;,.&|]+$", "", math)
-        if match[4] and not re.search(r"[\\{^√π∞]|^[(\[].*,.*[)\]]$", math):
+        if match[4] and not re.search(r"[\\{^√π∞]|^[(\[][^()\[\],]*,.*[)\]]$", math):
             if numbers := _NUMBER.findall(match[4]):
                 return numbers[-1]
         elif re.search(r"[0-9π∞]|\\(?:pi|infty|emptyset|sqrt)", math):
@@ -118,11 +118,11 @@ _REWRITES = 2 * [  # twice, for what stands inside of something
     (r"(?<=[0-9)])\s*(?:\\?%|\^\s*\(?\s*\\circ\s*\)?|\\degrees?)$", ""),
     (r"(?<![0-9A-Za-z,]) | (?![0-9A-Za-z])|(?<=[0-9]) (?=[A-Za-z])", ""),
 ]  # fmt: skip
-_PLAIN = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?"  # no exponent of a billion
+_PLAIN = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?"  # no 1e999999999
 _RATIO = rf"([-+]?)(?:([0-9]+) (?=[0-9]+/[0-9]))?({_PLAIN})(?:\^(-?[0-9]{{1,3}}))?(?:/({_PLAIN}))?"
-_UNIT = r"(?<=[\w)}\]])(?!.*\b(?:hundred|thousand|(?:m|b|tr)illion|dozen|and|or)\b)" \
-    r"(?:\s|~|\\[ ,;])*(?:\\(?:text\w*|mathrm|mbox)\s*\{[^{}0-9]+\}|(?<=[\s0-9])[a-z]{3,}(?: [a-z]+)?)" \
-    r"(?: [a-z]+)?(?:\^\{?[23]\}?)?[.\s$]*$"  # \text{..}, or words of three letters
+_UNIT = r"(?<=[\w)}\]])(?:\s|~|\\[ ,;])*(?<![a-z])(?=[\\a-z])" \
+    r"(?!.*\b(?:hundred|thousand|(?:m|b|tr)illion|dozen|and|or)\b)(?:\\(?:text\w*|mathrm|mbox)\s*" \
+    r"\{[^{}0-9]+\}|(?<=[\s0-9])[a-z]{3,}(?: [a-z]+){0,2})(?:\^\{?[23]\}?)?[.\s$]*$"
 _NAME = r"(?:^|(?<=[,;(]))(?:(?:[A-Za-z|\\:/'{}_.\s]|(?<=_)[0-9]|\([^()=]*\))+(?:=|\\in(?![a-z]))" \
     r"(?:[-0-9+*/.()^]+=)*|(?:[-0-9+*/.()^]+=)+(?=[-0-9./]+$))"
 LONGEST_ANSWER = 1000  # characters; longer ones are compared as they are
@@ -155,7 +155,7 @@ def _form(text):
     """A normalised text, its values as ratios; sorted what has no order, a list or a set."""
     text = re.sub(r"^\{([^{}]*)\}$|^\(([^,(){}]*)\)$", r"\1\2", text)
     text = re.sub(r"[^,()\[\]{}]+", lambda m: str(value(m[0])).replace("None", m[0]), text)
-    return ",".join(sorted({*re.split(r",(?![^(\[{]*[)\]}])", text)} - {""}))
+    return ",".join(sorted({*re.split(r",(?![^(\[{)\]}]*[)\]}])", text)} - {""}))
 
 
 def _known(answer, reference):
