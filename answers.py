@@ -22,7 +22,8 @@ from subprocess import DEVNULL, PIPE, Popen
 
 # ------------------------------------------------------------------------------------ extraction
 _BRACES = re.compile(r"(?P<box>\\\\?(?:boxed|fbox)\s*\{)|\\.|(?P<brace>[{}])", re.DOTALL)
-_AND = re.compile(r"(?s)(?!.*(?:[.!?][\s$\\]|\n\s*\n))(?:\W+|.*(?:[,;&]|\b(?:and|or)\b|quad).*)")
+_AND = r"(?s)(?!.*(?:[.!?][\s$\\]|\n\s*\n))" \
+    r"(?:(?:[^A-Za-z\\]|\\[A-Za-z]+|\\.|\b[A-Za-z](?![A-Za-z]))+|.*\b(?:and|or)\b.*)"
 _MARKED = re.compile(r"^[ \t]*####[ \t]*(?:(.+)\Z|([-+$0-9.,/%]+)[ \t]*$)", re.MULTILINE)
 _DIGITS = r"(?:(?<![0-9.,])[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])|[0-9]+)"
 _UNSIGNED = rf"(?:{_DIGITS}(?:\.[0-9]+)?|(?<![0-9.])\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
@@ -51,7 +52,7 @@ def _boxes(text):
         return None
     for box in closed[-2::-1]:
         if box[1] <= (end := boxes[-1][0]):  # else it is inside of that one
-            if end - box[1] > 40 or not _AND.fullmatch(text, box[1], end):
+            if end - box[1] > 40 or not re.fullmatch(_AND, text[box[1] : end]):
                 break
             boxes.append(box)
     return boxes
@@ -67,8 +68,7 @@ def extract_answer(text):
     >>> extract_answer(r"So \boxed{1}, no: \boxed{\frac{1}{2}}."), extract_answer(r"$x = \frac34$")
     ('\\frac{1}{2}', '\\frac34')
     """
-    thought, _, after = text.rpartition("</think>")
-    text = (after if after.strip() else thought or text).rstrip()
+    text = re.sub(r"(?s)^.*</think>(?=.*\S)", "", text).rstrip()
     if boxes := _boxes(text):
         return text[boxes[0][2] if len(boxes) == 1 else slice(boxes[-1][0], boxes[0][1])]
     if boxes is None or (marked := _MARKED.findall(text)):

@@ -191,13 +191,12 @@ def check_fit(config, problems, prompts, max_new_tokens):
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     for problem, prompt in zip(problems, prompts, strict=True):
         if len(prompt) + max_new_tokens > limit:
-            total = f"prompt of {len(prompt)} tokens + {max_new_tokens} new tokens (--max-new-tokens)"
-            raise ValueError(f"{problem['where']}: {total} exceed the model's context of {limit}")
+            why = f"prompt of {len(prompt)} tokens + {max_new_tokens} new tokens (--max-new-tokens)"
+            raise ValueError(f"{problem['where']}: {why} exceed the model's context of {limit}")
         if max(prompt) >= config.vocab_size:
-            raise ValueError(
-                f"{problem['where']}: token id {max(prompt)} is outside the model's vocabulary of "
-                f"{config.vocab_size}: tokenizer and model do not belong together"
-            )
+            why = f"token id {max(prompt)} is outside the model's vocabulary of {config.vocab_size}"
+            why += ": tokenizer and model do not belong together"
+            raise ValueError(f"{problem['where']}: {why}")
 
 
 def stop_ids(*sources):
