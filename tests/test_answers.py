@@ -1,5 +1,6 @@
 """Answers: what is extracted, what counts as equal, and math-verify in its own process."""
 
+import functools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import answers
+import harness
 
 
 # ------------------------------------------------------------------------------------ extraction
@@ -236,10 +238,27 @@ def test_gsm8k(exact):
             assert not answers.is_correct(answers.extract_answer(said.format(next_one)), solution)
 
 
+def test_problem_files_with_worked_solutions():
+    load = functools.partial(harness.from_records, where="here")
+    gsm8k = {"question": "q", "answer": "6*3=<<6*3=18>>18\n#### 18"}
+    competition = {"problem": "p", "solution": r"So $x=\boxed{\frac34}$.", "level": "Level 5"}
+    assert [p["answer"] for p in load([gsm8k, competition])] == ["18", r"\frac34"]
+    both = competition | {"answer": "0.75"}
+    assert load([both])[0]["answer"] == "0.75" and load([both])[0]["messages"][0]["content"] == "p"
+    (untold,) = load([{"problem": "p", "solution": "Clear."}], require_answer=False)
+    assert untold["answer"] is None
+    for bad in ({"answer": "####"}, {"answer": r"\boxed{ }"}, {"answer": r"cut: \boxed{3"},
+                {"solution": "It is clear."}, {"solution": ["3"]}):  # fmt: skip
+        with pytest.raises(ValueError, match="^here:2: ") as caught:
+            load([gsm8k, {"problem": "p"} | bad])
+        assert "\n" not in str(caught.value)
+
+
 def reference(rng):
     """An answer in the style of competition problems, and what it stands for: a number, or a kind
     of thing and its parts. A name, a percent sign and the order of items are left out of that."""
     a, b, c, x = rng.randint(-9, 20), rng.randint(2, 9), rng.randint(2, 20), rng.choice("xyXY")
+    c += a == c
     items = ("items", frozenset({a, c}))
     return rng.choice([
         (str(a), Fraction(a)), (rf"\frac{{{a}}}{{{b}}}", Fraction(a, b)),
