@@ -12,6 +12,7 @@ from collections import Counter
 
 import nltk
 
+import answers
 from harness.cli import BIG, first_line, open_regular, parse_json
 
 LONGEST_LINE = 2**26  # bytes; a file of any size is read line by line
@@ -25,6 +26,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 def load_problems(path, *, require_answer=True, skipped=None):
     """Problems of a JSONL file: [{"messages": [..], "answer": str or None, "where": "path:line"}].
+    Keys as in public files do, too: "question" for "problem", a worked "solution" for "answer".
     Blank lines are skipped; else ValueErrors name file and line, for a list `skipped` if given."""
     problems = []
     for number, line in enumerate(_lines(path), 1):
@@ -67,7 +69,7 @@ def from_records(records, where, *, require_answer=True):
 def _problem(record, where, require_answer):
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
-    given = [key for key in ("problem", "prompt", "messages") if key in record]
+    given = [key for key in ("problem", "question", "prompt", "messages") if key in record]
     if len(given) != 1:
         raise ValueError(f'{where}: needs one of "problem", "prompt", "messages"; has {given}')
     content = record[given[0]]
@@ -78,17 +80,19 @@ def _problem(record, where, require_answer):
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
             raise ValueError(f'{where}: a message has "role" and "content" and nothing else')
         if message["role"] not in ROLES:  # templates make a control token of it
-            known, role = ", ".join(ROLES), message["role"]
-            raise ValueError(f"{where}: a role is one of {known}; not {role!r:.60}")
+            raise ValueError(f"{where}: a role is one of {ROLES}; not {message['role']!r:.60}")
         _check_text(message["content"], f'{where}: the content of "{given[0]}"')
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"{where}: the last message is the assistant's: nothing to answer")
-    answer = record.get("answer")
-    whole = isinstance(answer, int) and not isinstance(answer, bool)
-    if whole or (isinstance(answer, float) and math.isfinite(answer)):
+    worked = require_answer and "solution" in record and "answer" not in record
+    answer = record.get(key := "solution" if worked else "answer")
+    if type(answer) is int or (type(answer) is float and math.isfinite(answer)):
         answer = str(answer)
-    if "answer" in record or require_answer:
-        _check_text(answer, f'{where}: "answer"')
+    if key in record or require_answer:
+        _check_text(answer, f'{where}: "{key}"')
+        if key == "solution" or re.search(r"\\boxed|\\fbox|####", answer):  # worked out in full
+            answer = answers.extract_answer(answer)
+            _check_text(answer, f'{where}: the answer extracted from "{key}"')
     return {"messages": [dict(m) for m in messages], "answer": answer, "where": where}
 
 
@@ -177,12 +181,12 @@ def check_fit(config, problems, prompts, max_new_tokens):
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     for problem, prompt in zip(problems, prompts, strict=True):
         if len(prompt) + max_new_tokens > limit:
-            what = f"prompt of {len(prompt)} tokens + {max_new_tokens} new tokens"
-            what += f" (--max-new-tokens) exceed the model's context of {limit}"
-            raise ValueError(f"{problem['where']}: {what}")
+            why = f"prompt of {len(prompt)} tokens + {max_new_tokens} new tokens (--max-new-tokens)"
+            raise ValueError(f"{problem['where']}: {why} exceed the model's context of {limit}")
         if max(prompt) >= config.vocab_size:
-            what = f"token id {max(prompt)} is outside the model's vocabulary"
-            raise ValueError(f"{problem['where']}: {what} of {config.vocab_size} tokens")
+            why = f"token id {max(prompt)} is outside the model's vocabulary of {config.vocab_size}"
+            why += ": tokenizer and model do not belong together"
+            raise ValueError(f"{problem['where']}: {why}")
 
 
 def stop_ids(*sources):

@@ -1,14 +1,19 @@
 """Answers: what is extracted, what counts as equal, and math-verify in its own process."""
 
+import functools
+import json
 import os
+import random
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import answers
+import harness
 
 
 # ------------------------------------------------------------------------------------ extraction
@@ -20,13 +25,32 @@ import answers
         (r"\boxed {\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"\fbox{x}", "x"),
         (r"\boxed{\boxed{3}}", r"\boxed{3}"),
-        (r"\boxed{3} and \boxed{4", "3"),
+        (r"\boxed{3} and \boxed{4", None),  # cut off: no answer
         (r"\boxed{4 and \boxed{5}", "5"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
         (r"} \boxed{a}} {", "a"),
         (r"\boxed{}", ""),
-        (r"\boxed{ 12", "12"),
+        (r"\boxed{ 12", None),
+        (r"\boxed{2} and \boxed{3}", r"\boxed{2} and \boxed{3}"),
+        (r"\boxed{2}, no: \boxed{3}", "3"),
+        (r"\boxed{2}. Then \boxed{3}", "3"),
+        (r"<think>\boxed{4}</think> It is 5.", "5"),
+        (r"<think>\boxed{4}</think> ", "4"),
+        ("<think>4</think> Unsure.", None),
+        ("5 + 7 = 12\n#### 12", "12"),
+        ("#### 12\n\nQuestion: 3?", "12"),
+        ("#### 3. Total\nIt is 7.", "7"),
+        (r"He earns $12,\!000$.", r"12,\!000"),
+        (r"It is $\frac{1+\sqrt5}{2}$.", r"\frac{1+\sqrt5}{2}"),
+        (r"It is \frac{1+\sqrt5}{2}.", r"\frac{1+\sqrt5}{2}"),
+        ("in [0,1).", "[0,1)"),
+        ("The final answer is $(7,6)$.", "(7,6)"),
+        (r"$a+b = 3+4 = 7$", "7"),
+        (r"$x = \frac13 \approx 0.33$", r"\frac13"),
+        ("$5 and $7, so $12", "12"),
+        ("12 000", "12 000"),
+        ("The result is $E$.", "E"),
         (r"\\boxed{7}", "7"),
         ("It is 42.", "42"),
         ("-3.5 degrees", "-3.5"),
@@ -70,9 +94,12 @@ def test_extract_answer_takes_any_text(text):
 
 
 UNITS = ["\\boxed{", "\\boxed{1}", "}", "{", "\\", "1", "1,", "1,111", "1/", "1.", "1e", "-"]
+MORE = ["\\frac{", "$", "$$ ", "$1$", "\\(", "\\[1", "(", "(1,", "[0,", "####", "#### 1\n", "\n",
+        "</think>",
+        "=", "x=", "(x,y)=", "\\approx", "\\text{", "1 000", "x_1=", "^", "and "]  # fmt: skip
 
 
-@pytest.mark.parametrize("unit", [*UNITS, "\\frac{"])
+@pytest.mark.parametrize("unit", UNITS + MORE)
 def test_extract_answer_is_linear(unit):
     """With quadratic work this would not end today."""
     answers.extract_answer(unit * (300_000 // len(unit)))
@@ -132,6 +159,11 @@ DIFFERENT = [
 ]
 
 
+ROOT = Path(__file__).parents[1]
+CASES = [json.loads(line) for line in (ROOT / "tests/answers.jsonl").read_text().splitlines()]
+GSM8K = ROOT.parent / "shared/data/gsm8k_test.jsonl"
+
+
 @pytest.fixture
 def exact(monkeypatch):
     """As on a machine without math-verify."""
@@ -181,6 +213,75 @@ def test_is_correct_is_quick_on_hostile_text(exact, unit):
     for length in (answers.LONGEST_ANSWER, 1_000_000):
         text = unit * (length // len(unit))
         assert not answers.is_correct(text, "3") and not answers.is_correct(text, text + "}")
+
+
+def test_labelled_cases(exact):
+    """50% for 0.5 is known to math-verify only."""
+    wrong = [
+        case for case in CASES
+        if answers.is_correct(answers.extract_answer(case["prediction"]), case["reference"])
+        != case["expected"]
+    ]  # fmt: skip
+    assert len(CASES) >= 250 and [case["reference"] for case in wrong] == [r"50\%"]
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="the data set is not there")
+def test_gsm8k(exact):
+    """Every right answer counts, in four ways to say it; the next number never does."""
+    for line in GSM8K.read_text().splitlines():
+        solution = json.loads(line)["answer"]
+        right = solution.split("####")[1].strip()
+        next_one = str(int(right.replace(",", "")) + 1)
+        assert answers.is_correct(answers.extract_answer(solution), solution)
+        for said in ("So it is ${}.", r"\boxed{{{}}}", "#### {}", "The answer is **{}** dollars."):
+            assert answers.is_correct(answers.extract_answer(said.format(right)), solution)
+            assert not answers.is_correct(answers.extract_answer(said.format(next_one)), solution)
+
+
+def test_problem_files_with_worked_solutions():
+    load = functools.partial(harness.from_records, where="here")
+    gsm8k = {"question": "q", "answer": "6*3=<<6*3=18>>18\n#### 18"}
+    competition = {"problem": "p", "solution": r"So $x=\boxed{\frac34}$.", "level": "Level 5"}
+    assert [p["answer"] for p in load([gsm8k, competition])] == ["18", r"\frac34"]
+    both = competition | {"answer": "0.75"}
+    assert load([both])[0]["answer"] == "0.75" and load([both])[0]["messages"][0]["content"] == "p"
+    (untold,) = load([{"problem": "p", "solution": "Clear."}], require_answer=False)
+    assert untold["answer"] is None
+    for bad in ({"answer": "####"}, {"answer": r"\boxed{ }"}, {"answer": r"cut: \boxed{3"},
+                {"solution": "It is clear."}, {"solution": ["3"]}):  # fmt: skip
+        with pytest.raises(ValueError, match="^here:2: ") as caught:
+            load([gsm8k, {"problem": "p"} | bad])
+        assert "\n" not in str(caught.value)
+
+
+def reference(rng):
+    """An answer in the style of competition problems, and what it stands for: a number, or a kind
+    of thing and its parts. A name, a percent sign and the order of items are left out of that."""
+    a, b, c, x = rng.randint(-9, 20), rng.randint(2, 9), rng.randint(2, 20), rng.choice("xyXY")
+    c += a == c
+    items = ("items", frozenset({a, c}))
+    return rng.choice([
+        (str(a), Fraction(a)), (rf"\frac{{{a}}}{{{b}}}", Fraction(a, b)),
+        (f"{x} = {a}", Fraction(a)),
+        (f"{c}.{b}", Fraction(f"{c}.{b}")), (rf"{c} \times 10^{{-{b}}}", Fraction(c, 10**b)),
+        (rf"{a}\%", Fraction(a)), (f"{c}^{{{b}}}", Fraction(c**b)), (rf"{a}^\circ", Fraction(a)),
+        (f"({a}, {c})", items), (rf"\{{{a}, {c}\}}", items), (f"{a}, {c}", items),
+        (f"[{a}, {c}]", ("closed", a, c)), (f"[{a},{c})", ("half open", a, c)),
+        (rf"{c}\sqrt{{{b}}}", ("root", c, b)), (rf"{c}\pi", ("pi", c)), (x, ("letter", x)),
+        (f"{c}{x}+{b}={a}", ("equation", c, x, b, a)), (f"{x}^{{{c}}}", ("power", x, c)),
+        (f"{x}+{c}", ("sum", x, c)), (rf"{x} \le {a}", ("at most", x, a)),
+        (f"{c}:{b}", ("to", c, b)),
+        (rf"\begin{{pmatrix}} {a} \\ {c} \end{{pmatrix}}", ("column", a, c)),
+        (rf"\begin{{pmatrix}} {a} & {c} \end{{pmatrix}}", ("row", a, c)),
+    ])  # fmt: skip
+
+
+def test_what_differs_is_never_equal(exact):
+    rng = random.Random(0)
+    pairs = [(reference(rng), reference(rng)) for _ in range(int(os.environ.get("PAIRS", 3000)))]
+    for (one, means_one), (other, means_other) in pairs:
+        assert means_one == means_other or not answers.is_correct(one, other), (one, other)
+        assert answers.is_correct(one, other) == answers.is_correct(other, one), (one, other)
 
 
 # ----------------------------------------------------------------------------------- math-verify

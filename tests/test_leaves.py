@@ -34,7 +34,7 @@ MAY_IMPORT = {  # of ours
     "evaluate.py": {"answers", "harness", "rollout", "toy"},
     "train.py": {"evaluate", "harness", "lgr", "logprobs", "masks", "rollout"},
     "fast": {"logprobs"},
-    "harness": {"harness", "fast", "toy", "logprobs", "rollout", "teachability"},
+    "harness": {"answers", "harness", "fast", "toy", "logprobs", "rollout", "teachability"},
     "toy": {"toy", "harness", "evaluate"},
     "diagnose": {"diagnose", "evaluate", "fast", "harness", "toy", "lgr", "logprobs",
                  "release_rule", "rollout", "teachability"},
