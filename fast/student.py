@@ -2,8 +2,9 @@
 
 import torch
 
-import fast.head
 import logprobs
+
+from . import head as faster
 
 
 class StudentLogProbs(torch.nn.Module):
@@ -25,7 +26,7 @@ class StudentLogProbs(torch.nn.Module):
         outside `mask_BT`. scale_BT: what the loss will multiply the result by, if that is known."""
         hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
         head_VD = self.model.get_output_embeddings().weight
-        head, how = (fast.head, {"scale_BT": scale_BT}) if self.fast else (logprobs, {})
+        head, how = (faster, {"scale_BT": scale_BT}) if self.fast else (logprobs, {})
         how |= self.how | {"mask_BT": mask_BT}
         if teacher is not None:
             teacher = teacher, self.teacher_head_VE[0]  # in a list: not a module's own parameter
