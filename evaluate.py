@@ -8,8 +8,8 @@ r"""Sample a model on problems that can be checked, and count what is right.
     pass@k     chance that one of k samples is right, unbiased (Chen et al., arXiv 2107.03374)
     low, high  95% percentile bootstrap over problems, whose samples are tied. When all problems
                score alike it has no width; that is no certainty.
-    problem file   JSONL, per line exactly one of "problem", "prompt" (text) or "messages" (chat),
-               and "answer" (text or number); other keys are ignored
+    problem file   JSONL: "problem", "question", "prompt" (text) or "messages" (chat), and "answer"
+               (text or number) or "solution" (text); other keys are ignored
 
 `answers.py` decides what is right; --out records whether `math-verify` is installed.
 """
@@ -22,6 +22,7 @@ import time
 import numpy as np
 import torch
 import transformers
+from tqdm import tqdm
 
 import answers
 import harness
@@ -57,8 +58,7 @@ def bootstrap_interval(values_P, *, level=0.95, resamples=2000, seed=0):
     chunk = max(1, 1_000_000 // P)  # resamples at a time: 8 MB of indices
     sizes = [min(chunk, resamples - done) for done in range(0, resamples, chunk)]
     means = np.concatenate([values_P[rng.integers(P, size=(R, P))].mean(axis=1) for R in sizes])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return tuple(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist())
 
 
 def summarise(records, *, level=0.95, resamples=2000, seed=0, uncertain=""):
@@ -95,6 +95,19 @@ def summarise(records, *, level=0.95, resamples=2000, seed=0, uncertain=""):
 
 
 # -------------------------------------------------------------------------------------- sampling
+class SamplingBar(tqdm):
+    """Responses; `rollout.generate` calls it as its `progress`, and it moves with every token."""
+
+    def __init__(self, rows: int, hidden=False, **more):
+        self.tokens, how = 0, {"unit": "response", "leave": False, "miniters": 0}
+        super().__init__(total=rows, disable=hidden, **how | more)
+
+    def __call__(self, drawn: int, ended: int) -> None:
+        self.tokens += drawn
+        self.set_postfix_str(f"{self.tokens} tokens", refresh=False)
+        self.update(ended)
+
+
 def sample_answers(
     model, tokenizer, problems, prompts, *, samples, max_new_tokens, stop_ids, pad_id,
     temperature=1.0, batch_size=64, generator=None, progress=True, vocab_size=None, decode=None,
@@ -104,17 +117,13 @@ def sample_answers(
     problems, prompts   from `load_problems`/`from_records` and `render_prompts`; may be empty
     batch_size          responses in flight at once; the results do not depend on it
     temperature, generator, vocab_size, decode   as in `rollout.generate`
-    Returns, per problem, a list of `samples` records of `check_answer`: plain data, to gather over
-    ranks. ValueError for bad arguments, or prompts that do not fit.
+    Returns, per problem, a list of `samples` records of `check_answer`: plain data.
     """
-    if samples < 1 or batch_size < 1:
-        raise ValueError(f"samples and batch_size must be at least 1: {samples=}, {batch_size=}")
     rows = [row for row in zip(problems, prompts, strict=True) for _ in range(samples)]
     records, stops = [], sorted(set(stop_ids))
-    options = {"max_new_tokens": max_new_tokens, "eos_ids": stops, "pad_id": pad_id, "top_k": 1}
-    options |= {"temperature": temperature, "generator": generator, "vocab_size": vocab_size}
-    options |= {} if decode is None else {"decode": decode}
-    with harness.sampling_bar(len(rows), show=progress) as options["progress"]:
+    options = dict(max_new_tokens=max_new_tokens, eos_ids=stops, pad_id=pad_id, decode=decode)
+    options |= dict(temperature=temperature, generator=generator, vocab_size=vocab_size, top_k=1)
+    with SamplingBar(len(rows), hidden=not progress) as options["progress"]:
         # several batches per call: rows that end early make room for the next ones
         for first in range(0, len(rows), 4 * batch_size):
             part = rows[first : first + 4 * batch_size]
@@ -139,7 +148,6 @@ def check_answer(tokenizer, ids, problem, stops):
 def on_held_out(run, step: int) -> dict:
     """The log line of an evaluation: mean@n of a training run's student on its held-out problems,
     sampled by all processes; before the first step and after the last out of domain, too.
-
     Every evaluation uses the same uniform numbers, so that two of them differ by the student only.
     """
     args, start = run.args, time.perf_counter()
@@ -236,8 +244,7 @@ def _open_model(args, path, problems, skipped):
 
 def run(args):
     """Evaluate as told and print the table; returns the object that --out writes."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     if args.out:
         harness.check_new_file("--out", args.out)
     harness.check_device(args.device)

@@ -156,7 +156,7 @@ class Scores:
 def sample(run, step: int):
     """1: this process's rollouts of a step, and the number of the first in the whole batch."""
     args, (prompts, first_row) = run.args, run.prompts_of(step)
-    with run.autocast(), harness.sampling_bar(len(prompts), show=run.rank == 0, delay=2) as moved:
+    with run.autocast(), evaluate.SamplingBar(len(prompts), run.rank > 0, delay=2) as moved:
         batch = run.skip_overflow(rollout.generate)(
             run.model, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
             eos_ids=run.stop_ids, pad_id=run.pad_id, vocab_size=run.vocab_size, decode=run.decode,

@@ -125,7 +125,7 @@ def prepare(args) -> Job:
         except ValueError as error:
             raise ValueError(f"--compare {path}: {error}") from None
         vocab_size = min(vocab_size, shared, configs[path].vocab_size)
-        harness.check_tokens({path: configs[path]}, tokenizers["--student"])
+        harness.check_tokens({path: configs[path]}, tokenizer)
         paths[path] = path
     if args.top_k > vocab_size:
         raise ValueError(f"--top-k {args.top_k} exceeds the vocabulary of {vocab_size}")

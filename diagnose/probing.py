@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import evaluate
 import harness
 import lgr
 import logprobs
@@ -131,7 +132,7 @@ def sample(model, prompts, options: Options, *, max_new_tokens: int, seed: int, 
     """One response to each prompt: a list of lists of ids, the stop token included. Rows draw the
     same random numbers whatever the model, so that models can be compared."""
     generator, responses = torch.Generator().manual_seed(seed), []
-    with harness.sampling_bar(len(prompts), desc, show=options.progress) as moved:
+    with evaluate.SamplingBar(len(prompts), not options.progress, desc=desc) as moved:
         size = 4 * options.batch_size  # several batches per call, so that free slots are refilled
         for first in range(0, len(prompts), size):
             part = prompts[first : first + size]

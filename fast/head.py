@@ -32,8 +32,6 @@ def _logits(hidden_CD, head_VD, temperature, out_CV):
 
 def _merge_(logits_CV, stop_class):
     """`stop_class(logits)`, in place; returns the share of every id in their outcome [C, E]."""
-    if not stop_class:
-        return None
     ids_E = list(stop_class)
     stops_CE, logits_CV[:, ids_E] = logits_CV[:, ids_E], -math.inf
     logits_CV[:, ids_E[0]] = stops_CE.logsumexp(dim=-1)
@@ -109,9 +107,8 @@ def _sweep(how, tensors, index_M, scale_NK=None, wants=(False, False)):
     """Numbers [M, K] at these positions, chunk by chunk, and the gradients of sum scale * numbers
     in hidden states and in the whole head, None where it is not wanted.
 
-    how: reader, number of buffers, temperature, chunk, stop class. tensors: hidden [N, D], whole
-    head [V, D], cut head, and for the reader the tokens' ids [N, K] or the teacher's hidden states
-    [N, E]."""
+    how: reader, number of buffers, temperature, chunk, stop class. tensors: hidden [N, D], head
+    [V, D], head cut, and for the reader ids of tokens [N, K] or the teacher's hidden [N, E]."""
     hidden_ND, weight_VD, head_VD, own_N = tensors
     read, count, temperature, chunk, stop_class = how
     wide = torch.promote_types(head_VD.dtype, torch.float32)
@@ -123,7 +120,7 @@ def _sweep(how, tensors, index_M, scale_NK=None, wants=(False, False)):
         hidden_CD = hidden_ND[index_C]
         logits_CV, *spare = (buffer_CV[: len(index_C)] for buffer_CV in buffers)
         _logits(hidden_CD, head_VD, temperature, logits_CV)
-        share_CE = _merge_(logits_CV, stop_class)
+        share_CE = _merge_(logits_CV, stop_class) if stop_class else None
         scale_CK = scale_NK[index_C] / temperature if any(wants) else None
         numbers_CK, grad_CV = read(logits_CV, own_N[index_C], scale_CK, *spare)
         if stop_class:  # every stop id's share of their outcome's gradient
@@ -226,7 +223,8 @@ def token_divergence(
 
     def read(logits_CV, teacher_CE, scale_C1, teacher_CV, *spare):
         _logits(teacher_CE, teacher_VE, 1.0, teacher_CV)
-        _merge_(teacher_CV, stop_class)
+        if stop_class:
+            _merge_(teacher_CV, stop_class)
         if kind == "jsd":
             return _read_jsd(logits_CV, teacher_CV, scale_C1, *spare, beta)
         return (_read_rkl if kind == "rkl" else _read_fkl)(logits_CV, teacher_CV, scale_C1, *spare)

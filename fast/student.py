@@ -2,15 +2,15 @@
 
 import torch
 
-import fast.head
 import logprobs
+
+from . import head as faster
 
 
 class StudentLogProbs(torch.nn.Module):
     """The student's forward as training needs it: ids in, log-probs or divergences out.
 
     DDP hooks the forward of what it wraps, so backbone and chunked head must both be in here.
-    With --fast on the head is fast/head.py's, which computes the gradient in the same pass.
     """
 
     def __init__(self, model, args, vocab_size: int, teacher_head_VE=None, stop_class=None):
@@ -25,7 +25,7 @@ class StudentLogProbs(torch.nn.Module):
         outside `mask_BT`. scale_BT: what the loss will multiply the result by, if that is known."""
         hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
         head_VD = self.model.get_output_embeddings().weight
-        head, how = (fast.head, {"scale_BT": scale_BT}) if self.fast else (logprobs, {})
+        head, how = (faster, {"scale_BT": scale_BT}) if self.fast else (logprobs, {})
         how |= self.how | {"mask_BT": mask_BT}
         if teacher is not None:
             teacher = teacher, self.teacher_head_VE[0]  # in a list: not a module's own parameter

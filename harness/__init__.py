@@ -6,7 +6,6 @@ What train.py touches:
     Needs                                         what the methods read
     ANY, COUNT, POSITIVE, SHARE                   limits of flags
     micro_batches(mask_BT, args)                  rows of similar length: yields (rows, columns)
-    sampling_bar(rows)                            responses and tokens while they are sampled
     CONTROL_STREAM                                of random numbers
 
 and of the run:
@@ -37,7 +36,6 @@ from harness.cli import complain, first_line, number, path_name, write_new_file
 from harness.data import check_fit, download_punkt, from_records, load_problems, pad_id
 from harness.data import render_prompts, stop_ids
 from harness.flags import ANY, COUNT, MACHINE, POSITIVE, SHARE, add_flags, defaults, left_open
-from harness.log import sampling_bar
 from harness.models import check_head, check_sampling, check_supported, check_tokens
 from harness.models import common_vocabulary, load_config, load_model, load_tokenizer
 from harness.pair import StudentLogProbs, check_prompts, open_pair, open_prompts, open_splitter

@@ -69,9 +69,9 @@ def from_records(records, where, *, require_answer=True):
 def _problem(record, where, require_answer):
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
-    given = [key for key in ("problem", "question", "prompt", "messages") if key in record]
-    if len(given) != 1:
-        raise ValueError(f'{where}: needs one of "problem", "prompt", "messages"; has {given}')
+    keys = "problem", "question", "prompt", "messages"
+    if len(given := [key for key in keys if key in record]) != 1:
+        raise ValueError(f"{where}: needs one of {keys}; has {given}")
     content = record[given[0]]
     messages = content if given[0] == "messages" else [{"role": "user", "content": content}]
     if not isinstance(messages, list) or not messages:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from harness.checkpoint import lock, name_the_path
 from harness.cli import MOST_BYTES, open_regular, parse_json
@@ -169,21 +168,6 @@ def log_line(step, loss, norm, skipped, sums, seconds, args) -> dict:
     seconds = {name: round(value, 4) for name, value in (seconds | {"total": total}).items()}
     return line | {"grad_norm": norm, "skipped": skipped, "seconds": seconds,
                    "tokens_per_second": tokens / total}  # fmt: skip
-
-
-@contextlib.contextmanager
-def sampling_bar(rows: int, desc=None, *, show=True, delay=0.0):
-    """A bar of responses, for `progress` of `rollout.generate`; moves with every token."""
-    tokens, how = 0, {"unit": "response", "leave": False, "miniters": 0}
-    with tqdm(total=rows, desc=desc, disable=not show, delay=delay, **how) as bar:
-
-        def progress(drawn: int, ended: int) -> None:
-            nonlocal tokens
-            tokens += drawn
-            bar.set_postfix_str(f"{tokens} tokens", refresh=False)
-            bar.update(ended)
-
-        yield progress if show else None
 
 
 def say_result(lines: list[dict], say=print) -> None:

@@ -33,7 +33,7 @@ MAY_IMPORT = {  # of ours
     "masks.py": {"release_rule", "teachability"},
     "evaluate.py": {"answers", "harness", "rollout", "toy"},
     "train.py": {"evaluate", "harness", "lgr", "logprobs", "masks", "rollout"},
-    "fast": {"logprobs"},
+    "fast": {"fast", "logprobs"},
     "harness": {"answers", "harness", "fast", "toy", "logprobs", "rollout", "teachability"},
     "toy": {"toy", "harness", "evaluate"},
     "diagnose": {"diagnose", "evaluate", "fast", "harness", "toy", "lgr", "logprobs",

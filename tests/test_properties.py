@@ -24,6 +24,7 @@ ELSEWHERE = {
     "harness.micro_batches": (
         "harness/test_micro_batches.py",
         "test_micro_batches_hold_every_row_once_and_keep_to_their_limits"),
+    "logprobs.StopClass": ("test_stop_class.py", "test_a_class_is_one_outcome"),
     "lgr.lookahead_confidence": (
         "test_lgr.py", "test_any_ragged_batch_equals_a_forward_pass_per_candidate"),
     "lgr.group_reward": ("test_lgr.py", "test_any_group_equals_exact_arithmetic"),
@@ -43,7 +44,7 @@ EXEMPT = {
     "train models for minutes, or evaluate them all": "toy.fit toy.spoil toy.rebuild "
     "toy.build_world toy.train_models toy.table toy.print_tables",
     "join a process group": "harness.start_processes",
-    "draw on a terminal; test_evaluate.py reads what is told": "harness.sampling_bar",
+    "draw on a terminal; test_evaluate.py reads what is told": "evaluate.SamplingBar",
 }
 
 

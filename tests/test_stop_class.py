@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_model, toy_prompts
+from hypothesis import given
+from hypothesis import strategies as st
 from runs import few_problems, make_run, read_log, sample, score
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +34,17 @@ def merged(logits_V):
 
 def drawn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@given(st.lists(st.floats(-50, 50), min_size=2, max_size=9), st.data())
+def test_a_class_is_one_outcome(logits, data):
+    """Nothing is lost, nobody else moves; whatever the ids and their order."""
+    ids = data.draw(st.lists(st.integers(0, len(logits) - 1), min_size=1, unique=True))
+    z_V = torch.tensor(logits, dtype=torch.float64)
+    p_V, found_V = z_V.softmax(-1), logprobs.StopClass(ids)(z_V).softmax(-1)
+    others = [v for v in range(len(logits)) if v not in ids]
+    assert torch.allclose(found_V[ids[0]], p_V[ids].sum()) and (found_V[ids[1:]] == 0).all()
+    assert torch.allclose(found_V[others], p_V[others])
 
 
 @pytest.mark.parametrize("way", [logprobs, head], ids=["plain", "fast"])
