@@ -3,9 +3,11 @@
     python benchmarks/stops.py                    ten minutes on 2 cores
 
 As with a base student and a chat teacher, both models know both tokens, and each ends by its own.
-The pair is made of the toy world `clean`: the teacher's rows of `<|end|>` and `<|pad|>` are
-exchanged, in embedding and head, so that it ends by `<|pad|>` where it ended by `<|end|>` before.
-`opd` trains the same student on it with `--stop-class` on and off, and on the unchanged teacher.
+The pair is made of the toy world `clean`. The teacher's rows of `<|end|>` and `<|pad|>` are
+exchanged, so that it ends by `<|pad|>` where it ended by `<|end|>` before. The student's row of
+`<|end|>` is multiplied by 0.3, so that it is not always sure where to end: what happens with
+probability 1 cannot be unlearned from samples. `opd` trains this student with `--stop-class` on and
+off, and on the unchanged teacher.
 
 The table has means over seeds with 95% t intervals: accuracy on held-out problems, tokens per
 response (of the last evaluation) and the share of responses that the length limit ended, before
@@ -36,29 +38,31 @@ CASES = {  # name: what the teacher ends by, flags
 }
 
 
-def write_teacher(folder: Path) -> Path:
-    """The teacher of `clean` that ends by `<|pad|>`."""
+def write_pair(folder: Path) -> None:
+    """student/, which is not always sure to end, and other/, the teacher that ends by `<|pad|>`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = toy.world("clean").teacher
-    shutil.copytree(source, folder)
-    model = AutoModelForCausalLM.from_pretrained(source)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    pair = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    modules = model.get_input_embeddings(), model.get_output_embeddings()
-    with torch.no_grad():
-        for weight_VD in {id(m.weight): m.weight for m in modules}.values():  # they may be tied
-            weight_VD[pair] = weight_VD[pair[::-1]].clone()
-    model.config.eos_token_id = model.generation_config.eos_token_id = pair[1]
-    model.save_pretrained(folder)
-    return folder
+    world = toy.world("clean")
+    for name, source in (("student", world.student), ("other", world.teacher)):
+        shutil.copytree(source, folder / name)
+        model = AutoModelForCausalLM.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        weight_VD = model.get_output_embeddings().weight  # tied: the embedding's, too
+        with torch.no_grad():
+            if name == "student":
+                weight_VD[end] *= 0.3
+            else:
+                weight_VD[[end, pad]] = weight_VD[[pad, end]].clone()
+                model.config.eos_token_id = model.generation_config.eos_token_id = pad
+        model.save_pretrained(folder / name)
 
 
-def train(teacher: Path, flags, seed: int, steps: int, out: Path) -> dict:
+def train(student: Path, teacher: Path, flags, seed: int, steps: int, out: Path) -> dict:
     """First and last evaluation of a run."""
     command = [sys.executable, str(ROOT / "train.py"), "--preset", "toy", "--method", "opd",
-               "--student", toy.world("clean").student, "--teacher", teacher, "--toy", "clean",
+               "--student", student, "--teacher", teacher, "--toy", "clean",
                "--difficulty", 6, "--steps", steps, "--eval-every", 0, "--eval-count", 100,
                "--seed", seed, "--out", out, *flags]  # fmt: skip
     done = subprocess.run([*map(str, command)], text=True, capture_output=True)
@@ -81,13 +85,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--seeds {args.seeds} must be at least 2, --steps {args.steps} at least 1")
     results = {name: [] for name in CASES}
     with tempfile.TemporaryDirectory() as folder:
-        other = write_teacher(Path(folder, "teacher"))
-        teachers = {"own": toy.world("clean").teacher, "other": other}
+        write_pair(Path(folder))
+        teachers = {"own": toy.world("clean").teacher, "other": Path(folder, "other")}
         todo = [(name, seed) for seed in range(args.seeds) for name in CASES]
         for name, seed in tqdm(todo, unit="run"):
             kind, flags = CASES[name]
             out = Path(folder, f"{name.replace(' ', '-')}-{seed}")
-            results[name].append(train(teachers[kind], flags, seed, args.steps, out))
+            how = flags, seed, args.steps, out
+            results[name].append(train(Path(folder, "student"), teachers[kind], *how))
     names = list(results[next(iter(CASES))][0])
     rows = []
     for name, runs in results.items():

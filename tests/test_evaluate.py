@@ -302,7 +302,7 @@ def test_every_flag_reaches_what_it_is_for(capsys, monkeypatch, folder, problems
 
         return spy
 
-    for module, name in ((harness, "load_model"), (harness, "render_prompts"),
+    for module, name in ((harness, "load_model"), (harness.pair, "render_prompts"),
                          (evaluate, "sample_answers"), (evaluate, "summarise")):  # fmt: skip
         monkeypatch.setattr(module, name, spied(getattr(module, name)))
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
