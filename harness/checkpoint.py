@@ -47,7 +47,7 @@ class Claim:
 
     def take(self) -> None:
         """Make the folder if need be, and lock it. ValueError, OSError: that is not possible."""
-        if not self.out.is_dir():
+        if not os.path.isdir(self.out):  # also of a name that is too long
             check_creatable("--out", self.out)
         self.made = [path for path in (self.out, *self.out.parents) if not path.exists()]
         self.out.mkdir(parents=True, exist_ok=True)
