@@ -417,3 +417,21 @@ def test_release_alone_needs_no_args_and_equals_a_loop(monkeypatch):
         assert inside_T.sum() == kept and inside_T[:kept].all()
         assert not out.keep_BT[row, ~mask_BT[row]].any()
         assert math.isclose(out.gain_B[row], point.gain, abs_tol=1e-6)
+
+
+def test_std_by_hand():
+    """Two sentences of 2 tokens on either side are enough; what is not finite counts as 0; a row
+    without response tokens keeps nothing and moves nobody."""
+    mask_BT = torch.tensor([[False] + [True] * 8, [False] * 9])
+    advantage_BT = torch.zeros(2, 9)
+    advantage_BT[0, 1:5] = torch.tensor([3.0, -3.0, 3.1, -3.1])
+    advantage_BT[0, 5:] = torch.tensor([0.1, -0.1, math.nan, -math.inf])
+    segments = [torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), torch.tensor([], dtype=torch.int64)]
+    found = masks.std(mask_BT, advantage_BT, segments)
+    assert found.released_B.tolist() == [True, False]
+    assert found.keep_BT[0].tolist() == [False] + [True] * 4 + [False] * 4
+    scores = [math.log1p(s) for s in (3.0, 3.1, 0.1, 0.0)]
+    assert abs(found.gain_B[0] - release_rule.change_point(scores).gain) < 1e-4
+    assert not masks.std(mask_BT, advantage_BT, segments, min_segments=3).released_B.any()
+    other = masks.std(mask_BT.flip(0), advantage_BT.flip(0), segments[::-1])
+    assert torch.equal(other.keep_BT, found.keep_BT.flip(0))
