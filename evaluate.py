@@ -115,16 +115,17 @@ def sample_answers(
     """Sample every problem `samples` times and check the answers.
 
     problems, prompts   from `load_problems`/`from_records` and `render_prompts`; may be empty
-    batch_size          responses in flight at once; the results do not depend on it
+    batch_size          responses in flight at once, refilled; the results do not depend on it
     temperature, generator, vocab_size, decode   as in `rollout.generate`
     Returns, per problem, a list of `samples` records of `check_answer`: plain data.
     """
+    if samples < 1 or batch_size < 1:
+        raise ValueError(f"samples and batch_size must be at least 1: {samples=}, {batch_size=}")
     rows = [row for row in zip(problems, prompts, strict=True) for _ in range(samples)]
     records, stops = [], sorted(set(stop_ids))
     options = dict(max_new_tokens=max_new_tokens, eos_ids=stops, pad_id=pad_id, decode=decode)
     options |= dict(temperature=temperature, generator=generator, vocab_size=vocab_size, top_k=1)
     with SamplingBar(len(rows), hidden=not progress) as options["progress"]:
-        # several batches per call: rows that end early make room for the next ones
         for first in range(0, len(rows), 4 * batch_size):
             part = rows[first : first + 4 * batch_size]
             out = rollout.generate(model, [p for _, p in part], batch_size=batch_size, **options)
@@ -171,8 +172,7 @@ def on_held_out(run, step: int) -> dict:
     line = summarise(answers_to("eval", harness.EVALUATION_STREAM), uncertain=uncertain)
     if run.problems["ood"] and step in (0, args.steps):
         ood = summarise(answers_to("ood", harness.EVALUATION_STREAM + 1))
-        names = ("accuracy", "accuracy_low", "accuracy_high", "problems")
-        line["ood"] = {name: ood[name] for name in names}
+        line["ood"] = {k: ood[k] for k in "accuracy accuracy_low accuracy_high problems".split()}
     return {"step": step, **line, "seconds": {"evaluate": round(time.perf_counter() - start, 4)}}
 
 

@@ -210,7 +210,8 @@ def measure_scoring(args, text) -> dict[str, dict[str, float]]:
                 ["--mask", mask, "--tokens-per-micro-batch", str(args.tokens)],
             )  # fmt: skip
             run = SimpleNamespace(args=flags, teacher=teacher, vocab_size=Words.SIZE,
-                                  needs=train.needs(flags), watch=harness.Stopwatch("cpu"))
+                                  stop_class=None, needs=train.needs(flags),
+                                  watch=harness.Stopwatch("cpu"))  # fmt: skip
             start, segments = time.process_time(), None
             if mask == "release":
                 segments = split(text, splitter, ids_BT[:, PROMPT:])

@@ -107,7 +107,8 @@ def short(path) -> str:
 # ---------------------------------------------------------------------------- without the weights
 def check_out(out) -> None:
     """ValueError unless nothing is there yet, or an earlier report, which will be moved aside."""
-    out = Path(out)
+    if (out := Path(out)).exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file")
     if out.is_dir() and any(out.iterdir()) and not (out / "report.json").is_file():
         raise ValueError(f"--out {out} holds files that are no diagnosis; name another folder")
 

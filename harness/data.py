@@ -164,15 +164,18 @@ def render_prompts(tokenizer, problems, *, thinking=False, day=None):
     return prompts
 
 
-def _all_or_named(work, items, wheres):
-    """work(items), or a ValueError that names the first with which it raises whatever it likes."""
-    try:
-        return work(items)
-    except Exception as error:
-        for item, where in zip(items, wheres, strict=True) if len(items) > 1 else ():
-            _all_or_named(work, [item], [where])
-        why = f"cannot be rendered as a prompt: {first_line(error)}"
-        raise ValueError(f"{wheres[0]}: {why}") from error
+def _all_or_named(work, items, wheres, size=1024):
+    """work(items), some at a time, or a ValueError that names the first with which it raises."""
+    found = []
+    for first in range(0, len(items), size):
+        try:
+            found += work(items[first : first + size])
+        except Exception as error:  # templates and tokenizers raise what they like
+            if size > 1:
+                _all_or_named(work, items[first:], wheres[first:], size=1)
+            why = f"cannot be rendered as a prompt: {first_line(error)}"
+            raise ValueError(f"{wheres[first]}: {why}") from error
+    return found
 
 
 def check_fit(config, problems, prompts, max_new_tokens):

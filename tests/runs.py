@@ -91,7 +91,7 @@ def bare_run(model, *flags, vocab_size, rank=0, world=1, teacher_head_VE=None):
         run.student = torch.nn.parallel.DistributedDataParallel(run.student)
     run.optimizer = torch.optim.SGD(run.student.parameters(), lr=run.args.lr)
     run.scheduler = torch.optim.lr_scheduler.ConstantLR(run.optimizer, 1.0)
-    run.watch = harness.Stopwatch("cpu")
+    run.watch, run.stop_class = harness.Stopwatch("cpu"), None
     return run
 
 

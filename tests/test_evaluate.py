@@ -204,8 +204,9 @@ def test_greedy_samples_agree_and_missing_answers_are_not_right():
 
 def test_an_empty_shard_and_bad_arguments():
     assert sample([]) == []
-    with pytest.raises(ValueError):
-        sample(ask("a"), batch_size=0)
+    for bad in (dict(samples=0), dict(batch_size=0), dict(batch_size=-1)):
+        with pytest.raises(ValueError, match="samples"):
+            sample(ask("a"), **bad)
     with pytest.raises(ValueError):
         evaluate.sample_answers(None, None, ask("a", "b"), [[1]], samples=1, max_new_tokens=1,
                                 stop_ids=[1], pad_id=0)  # fmt: skip
