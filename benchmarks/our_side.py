@@ -49,7 +49,7 @@ def load(words: list[str]) -> harness.Run:
     tables = train.FLAGS, train.METHODS, train.PRESETS
     _, args, origins = harness.flags.parse("train.py", *tables, words)
     machine.use_threads(args.threads)
-    with unittest.mock.patch.object(harness.pair, "check_tokens"):  # nothing can draw their end token
+    with unittest.mock.patch.object(harness.pair, "check_tokens"):  # nothing draws their end
         run = harness.Run(args, origins, train.needs(args), rank=0, world=1)
     harness.pair.load_models(run, torch.device(args.device))
     run.watch = Stopwatch(args.device)
