@@ -112,7 +112,7 @@ def lookahead_confidence(
     cache, hidden_BTD: KV cache and last hidden states of one pass of `model` over ids_BT. Without a
         cache that pass is made here; without hidden states the sampled tokens are read again.
     signal: one of SIGNALS. vocab_size: rows of the head to use. stop_class: a logprobs.StopClass.
-    nodes_per_slice: most leaves in a pass, padding included. chunk: of which logits exist at once.
+    nodes_per_slice: most leaves in a pass, with padding. chunk: most leaves with logits at a time.
     Returns [B, T, K]: in [0, 1], or nats <= 0 for "entropy"; nan where not triggered, or nothing
     follows ("sampled_prob"). ValueError: masks that are not bool [B, T], a cache that lacks tokens.
 

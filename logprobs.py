@@ -5,7 +5,6 @@ only those of `chunk` positions exist at a time; backward computes them again.
 
 Alignment: `hidden[:, t-1]` predicts `ids[:, t]`. Entry t of a result describes token t. Entry 0
 and entries outside `mask_BT` are 0; no logits are computed for them.
-Vocabulary: checkpoints of one family pad their heads differently; `vocab_size` cuts both alike.
 Precision: the product with the head runs in the type of the hidden states (under autocast, in
 autocast's type), the rest in float32, or in float64 for float64 input. Units: nats.
 Letters: B rows, T tokens, V vocabulary, D hidden width, E the teacher's hidden width,
@@ -109,7 +108,7 @@ def token_logprobs(
     head; a bias or a soft cap on the logits is not supported.
     ids_BT, candidates_BTK: int64; with candidates, their log-probs and not those of `ids_BT`.
     mask_BT: bool, the positions that are wanted; default all. Time and memory follow its count.
-    vocab_size: use only the first rows of the head; default all.
+    vocab_size: first rows of the head to use, where models pad theirs differently; default all.
     temperature: divides the logits. chunk: positions at a time; default 256, on a GPU 1024.
     stop_class: a StopClass, of whose ids `ids_BT` has the first only; default None, none.
     Raises ValueError: temperature not positive, vocab_size outside the head.
@@ -190,9 +189,9 @@ def token_divergence(
         fkl  KL(q || p) = sum q (log q - log p)
         jsd  beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p     GKD, 2306.13649
 
-    Other arguments and errors as in `token_logprobs`, and ValueError for an unknown kind or a beta
-    outside (0, 1). `temperature` divides the student's logits only; vocab_size must cut heads of
-    different sizes. Where q is 0 and p is not, rkl is inf and its gradient not finite.
+    Other arguments and errors as in `token_logprobs`, and ValueError for an unknown kind, a beta
+    outside (0, 1), heads of different size without vocab_size. `temperature` divides the student's
+    logits only. Where q is 0 and p is not, rkl is inf and its gradient not finite.
 
     >>> student, teacher = torch.tensor([[3.0], [1.0]]).log(), torch.tensor([[1.0], [1.0]]).log()
     >>> hidden = torch.ones(1, 2, 1)                        # p = (3/4, 1/4), q = (1/2, 1/2)
@@ -202,6 +201,8 @@ def token_divergence(
     """
     if kind not in DIVERGENCES or not 0 < beta < 1:
         raise ValueError(f"kind must be in {DIVERGENCES}, beta in (0, 1), not {kind!r}, {beta}")
+    if vocab_size is None and len(weight_VD) != len(teacher_weight_VE):
+        raise ValueError(f"vocab_size must cut {len(weight_VD)} and {len(teacher_weight_VE)} rows")
     mask_BT, chunk = _defaults(hidden_BTD, mask_BT, temperature, chunk)
     hidden_ND, head_VD = _flatten(hidden_BTD, weight_VD, mask_BT, vocab_size)
     teacher_NE, teacher_VE = _flatten(teacher_hidden_BTE, teacher_weight_VE, mask_BT, vocab_size)

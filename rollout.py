@@ -46,7 +46,7 @@ def sample_token(logits_SV, temperature: float, uniform_S, top_k: int, stop_clas
 
     The token is the first whose cumulative probability exceeds the row's uniform number, a float64
     in [0, 1).  Temperature 0 takes the most probable token, with the statistics of temperature 1.
-    Returns token_S, logp_S (nats), entropy_S (nats), topk_ids_SK.
+    Returns token_S, logp_S (nats), entropy_S (nats), topk_ids_SK. stop_class: see `generate`.
 
     >>> logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25]]))
     >>> uniform = torch.tensor([0.49, 0.51], dtype=torch.float64)
@@ -177,11 +177,11 @@ def generate(
     padded = [[*prompt] + [pad_id] * (longest - len(prompt)) for prompt in prompts]
     ids_BT = F.pad(torch.tensor(padded, device=device), (0, max_new_tokens), value=pad_id)
     how = {"dtype": torch.float64, "device": getattr(generator, "device", "cpu")}
-    uniform_BN = torch.rand(B, max_new_tokens, generator=generator, **how).to(device)
-    eos_E = torch.tensor(sorted(set(eos_ids)), device=device)
+    uniform_BN = torch.rand(B, max_new_tokens if temperature else 0, generator=generator, **how)
+    uniform_BN, eos_E = uniform_BN.to(device), torch.tensor(sorted(set(eos_ids)), device=device)
 
     def draw(logits_SV, row_S, n_S):
-        how = temperature, uniform_BN[row_S, n_S], top_k, stop_class
+        how = temperature, uniform_BN[row_S, n_S] if temperature else None, top_k, stop_class
         token_S, *rest = sample_token(logits_SV[:, :vocab_size], *how)
         stopped_S = torch.isin(token_S, eos_E)
         done_S = stopped_S | (n_S + 1 == max_new_tokens)

@@ -298,7 +298,7 @@ def update(run, batch, scores, A_BT, w_BT) -> tuple[float, float, bool]:
         local += loss.item()
     limit = run.args.clip_grad or math.inf
     norm = torch.nn.utils.clip_grad_norm_(run.student.parameters(), limit).item()
-    (loss,) = run.sum([local + run.overflow])
+    (loss,) = run.sum([local + run.overflow])  # NaN where sampling overflowed: a skipped step
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         run.optimizer.step()

@@ -218,6 +218,8 @@ def token_divergence(
     """
     if kind not in DIVERGENCES or not 0 < beta < 1:
         raise ValueError(f"kind must be in {DIVERGENCES}, beta in (0, 1), not {kind!r}, {beta}")
+    if vocab_size is None and len(weight_VD) != len(teacher_weight_VE):
+        raise ValueError(f"vocab_size must cut {len(weight_VD)} and {len(teacher_weight_VE)} rows")
     mask_BT, chunk = _defaults(hidden_BTD, mask_BT, temperature, chunk)
     teacher_NE, teacher_VE = _flatten(teacher_hidden_BTE, teacher_weight_VE, mask_BT, vocab_size)
 

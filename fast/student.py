@@ -2,14 +2,12 @@
 
 import torch
 
+import fast.head
 import logprobs
-
-from . import head as faster
 
 
 class StudentLogProbs(torch.nn.Module):
     """The student's forward as training needs it: ids in, log-probs or divergences out.
-
     DDP hooks the forward of what it wraps, so backbone and chunked head must both be in here.
     """
 
@@ -25,10 +23,10 @@ class StudentLogProbs(torch.nn.Module):
         outside `mask_BT`. scale_BT: what the loss will multiply the result by, if that is known."""
         hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False)[0]
         head_VD = self.model.get_output_embeddings().weight
-        head, how = (faster, {"scale_BT": scale_BT}) if self.fast else (logprobs, {})
+        head, how = (fast.head, {"scale_BT": scale_BT}) if self.fast else (logprobs, {})
         how |= self.how | {"mask_BT": mask_BT}
         if teacher is not None:
             teacher = teacher, self.teacher_head_VE[0]  # in a list: not a module's own parameter
             return head.token_divergence(hidden_BTD, head_VD, *teacher, **self.divergence, **how)
-        how["candidates_BTK"] = candidates_BTK
+        how |= {"candidates_BTK": candidates_BTK}
         return head.token_logprobs(hidden_BTD, head_VD, ids_BT, **how)

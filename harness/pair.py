@@ -126,8 +126,8 @@ def load_models(run, device) -> None:
                 check_supported(model, max(map(len, prompts)) + args.max_new_tokens)
                 check(model)
     run.stop_ids = stop_ids(run.model, run.teacher, run.tokenizer)
-    merges = args.stop_class == "on" and len(run.stop_ids) > 1
-    run.stop_class = logprobs.StopClass(run.stop_ids) if merges else None
+    shared = [i for i in run.stop_ids if i < run.vocab_size and args.stop_class == "on"]
+    run.stop_class = logprobs.StopClass(shared) if len(shared) > 1 else None
     if args.gradient_checkpointing:
         run.model.gradient_checkpointing_enable({"use_reentrant": False})
     run.decode = fast.decode.decode if args.fast == "on" else None

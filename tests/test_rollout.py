@@ -154,6 +154,18 @@ def test_same_seed_same_rollouts_other_seed_others(model):
     assert response(first, 0) != response(other, 0)
 
 
+def test_greedy_rollouts_draw_no_numbers(model):
+    state = torch.get_rng_state()
+    g = torch.Generator().manual_seed(5)
+    for generator in (None, g):
+        rollout.generate(
+            model, PROMPTS, max_new_tokens=2, eos_ids=EOS, pad_id=0, temperature=0,
+            generator=generator,
+        )  # fmt: skip
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(g.get_state(), torch.Generator().manual_seed(5).get_state())
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_does_not_depend_on_its_neighbours(model, temperature, decode):
     """Whatever the batch size, the order of refilling and the other rows.  In float64 the noise of

@@ -200,6 +200,15 @@ def test_a_teacher_that_ends_otherwise_agrees_on_ending(other_stop):
     assert (score(apart, batch).logp_BT - batch.logp_BT)[ends_BT].mean() < -5, "it disagrees"
 
 
+def test_ids_that_the_models_do_not_share_are_no_part_of_it(monkeypatch):
+    """A head has no row for them."""
+    found = harness.pair.stop_ids
+    monkeypatch.setattr(harness.pair, "stop_ids", lambda *models: [0, *found(*models), 10**6])
+    run = make_run("--toy", "clean", *FLAGS)
+    assert run.stop_ids[-1] == 10**6 and list(run.stop_class) == run.stop_ids[:-1]
+    assert train.train_step(run, 0)["loss"] is not None
+
+
 def test_one_stop_id_is_no_class():
     assert make_run("--toy", "clean", *FLAGS).stop_class is None
 
