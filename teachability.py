@@ -38,7 +38,8 @@ ABBREVIATIONS = """e.g i.e cf viz eq eqs fig figs ref refs thm vs approx resp w.
 # a block ends behind a CUT: a line break, but not in wrapped prose (a long line, then a lower-case
 # word); an end mark; in Thai and Lao, which have none, a space: it stands between clauses.
 END, QUOTE = "。｡！？।॥؟۔։།።፧។៕။", r"\"'”’»)\]}」』】〕〉》）］｝"
-CJK, THAI = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af", "ก-ฮะ-ๅ็-๎ກ-ໄ່-໎"
+CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # kana, Han, Hangul
+THAI = "\u0e01-\u0e2e\u0e30-\u0e45\u0e47-\u0e4e\u0e81-\u0ec4\u0ec8-\u0ece"  # no ๆ, ฯ
 FENCED = re.compile(r"""(?mx)
     (?s: \$\$ (?: (?!\$\$|\n[ \t]*+\n). )++ \$\$ | \\\[ (?: (?!\\[\[\]]|\n[ \t]*+\n). )++ \\\]
       | \\begin\{(\w++\*?)\} (?: (?!\\begin|\\end|\n[ \t]*+\n). )++ \\end\{\1\} )
@@ -61,8 +62,8 @@ def teacher_margin(teacher_logp_BTK: torch.Tensor, *, kind: str = "logprob") -> 
     teacher_logp_BTK: its log-probs of the candidates, nats, any leading axes. For "logprob" only
         their differences count, so logits do as well.
     kind: "logprob" (the paper's M_t, nats), or "prob", p_T(a1) - p_T(a2).
-    Returns [B, T] without a gradient, float32 or wider. nan in, nan out. For "logprob" and only one
-    candidate above -inf the margin is SOLE_CANDIDATE_MARGIN, for none it is 0. ValueError: K < 2.
+    Returns [B, T] without a gradient, float32 or wider; nan for nan. With "logprob", for only one
+    candidate above -inf SOLE_CANDIDATE_MARGIN, for none 0. ValueError: K < 2, or another kind.
 
     >>> teacher_margin(torch.tensor([[-3.0, -0.5, -1.5], [-2.0, -2.0, -9.0]]))
     tensor([1., 0.])
@@ -112,8 +113,6 @@ def sentence_splitter(kind: str = "blocks"):
                 raise LookupError("no data; run python -m nltk.downloader punkt_tab") from None
     # Punkt decides on a full stop by the few words around it, and these come again and again
     splitter.text_contains_sentbreak = functools.lru_cache(2**14)(splitter.text_contains_sentbreak)
-    if kind != "blocks":
-        return splitter, name
 
     def by_block(text):
         text, start = text.replace("\r\n", " \n").replace("\r", "\n"), 0
@@ -122,7 +121,8 @@ def sentence_splitter(kind: str = "blocks"):
             yield from ((start + a, start + b) for a, b in splitter.span_tokenize(text[start:end]))
             start = end
 
-    return types.SimpleNamespace(span_tokenize=by_block), f"blocks+{name}"
+    blocks = types.SimpleNamespace(span_tokenize=by_block), f"blocks+{name}"
+    return blocks if kind == "blocks" else (splitter, name)
 
 
 def token_segments(tokenizer, ids_T, splitter=None) -> torch.Tensor:

@@ -191,9 +191,6 @@ def replace_folder(out: Path, name: str, fill) -> None:
         _remove(old)
 
 
-_put = replace_folder
-
-
 class Checkpoint(NamedTuple):
     groups: dict[str, dict[str, torch.Tensor]]
     facts: dict
@@ -217,7 +214,7 @@ def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> 
         folder.mkdir(exist_ok=True)
         if target.is_symlink() or not target.exists() or what_is_torn(target):
             _remove(*folder.glob("step-*.partial"))
-            _put(folder, target.name, fill)
+            replace_folder(folder, target.name, fill)
         _remove(*_steps(folder)[:-keep])
     return target
 

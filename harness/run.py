@@ -102,6 +102,7 @@ class Run:
         return problems, my_share(len(problems), self.rank, self.world)
 
     def prompts_of(self, step: int) -> tuple[list[list[int]], int]:
+        """This process's prompts of a step, and the number of the first in the batch."""
         problems, mine = self.problems_of(step)
         return [self.prompts["train"][problems[row]] for row in mine], mine.start
 
@@ -138,9 +139,11 @@ class Run:
         return sample
 
     def sum(self, values) -> list[float]:
+        """Element-wise sum over all processes."""
         return sum_over_ranks(values, self.model.device)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes, in their order; on the CPU."""
         return torch.cat(gather_objects(rows.cpu()))
 
     def autocast(self):

@@ -90,3 +90,14 @@ def folder(tmp_path_factory):
     tiny_model(tokenizer, attention_dropout=0.5).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    """The pretrained sentence splitter is not there."""
+    import teachability
+
+    def missing(language):
+        raise LookupError
+
+    monkeypatch.setattr(teachability, "PunktTokenizer", missing)

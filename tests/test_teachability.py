@@ -383,14 +383,6 @@ def test_auto_takes_the_pretrained_when_it_is_there(monkeypatch):
     assert sentence_splitter()[1] == sentence_splitter("blocks")[1] == "blocks+nltk-punkt-english"
 
 
-@pytest.fixture
-def no_data(monkeypatch):
-    def missing(language):
-        raise LookupError
-
-    monkeypatch.setattr(teachability, "PunktTokenizer", missing)
-
-
 def test_missing_data(no_data):
     assert sentence_splitter("auto")[1] == "untrained-punkt"
     assert sentence_splitter()[1] == "blocks+untrained-punkt"

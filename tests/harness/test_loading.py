@@ -319,28 +319,16 @@ class Hostile:
 
 
 # ---------------------------------------------------------------- the sentence splitter's data
-@pytest.fixture
-def no_data(monkeypatch):
-    def missing(language):
-        raise LookupError
-
-    monkeypatch.setattr(teachability, "PunktTokenizer", missing)
-
-
-def open_splitter(kind):
-    return harness.open_splitter(kind)
-
-
 def test_download_offline_is_silent_and_falls_back(no_data, monkeypatch, capfd):
     def refuse(*args, **kwargs):
         raise OSError("no network")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    assert open_splitter("auto")[1] == "untrained-punkt"
-    assert open_splitter("blocks")[1] == "blocks+untrained-punkt"
+    assert harness.open_splitter("auto")[1] == "untrained-punkt"
+    assert harness.open_splitter("blocks")[1] == "blocks+untrained-punkt"
     with pytest.raises(ValueError, match="^--splitter pretrained: .*nltk.downloader punkt_tab"):
-        open_splitter("pretrained")
+        harness.open_splitter("pretrained")
     assert capfd.readouterr() == ("", "")
 
 
@@ -362,10 +350,11 @@ def test_what_is_missing_is_downloaded_once(monkeypatch):
 
     monkeypatch.setattr(teachability, "PunktTokenizer", load)
     monkeypatch.setattr(nltk, "download", lambda name, **kwargs: installed.append(name))
-    assert open_splitter("untrained")[1] == "untrained-punkt" and not installed
+    assert harness.open_splitter("untrained")[1] == "untrained-punkt" and not installed
     for kind in ("auto", "pretrained"):
-        assert open_splitter(kind) == (punkt, "nltk-punkt-english")
-    assert open_splitter("blocks")[1] == "blocks+nltk-punkt-english"
+        assert harness.open_splitter(kind) == (punkt, "nltk-punkt-english")
+    assert harness.open_splitter("blocks")[1] == "blocks+nltk-punkt-english"
     assert installed == ["punkt_tab"]
     installed.clear()
-    assert open_splitter("blocks")[1] == "blocks+nltk-punkt-english" and installed == ["punkt_tab"]
+    assert harness.open_splitter("blocks")[1] == "blocks+nltk-punkt-english"
+    assert installed == ["punkt_tab"]

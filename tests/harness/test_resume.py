@@ -97,7 +97,8 @@ def new(*args, **options):
         ("after train.torch.optim.AdamW.step", 4, "SIGTERM"),  # ahead of the log: it waits
         ("after train.harness.log.Log.write", 5, "SIGTERM"),  # the position is not noted yet: waits
         ("train.harness.checkpoint.write", 1, "SIGINT"),  # so does it while a checkpoint is written
-        ("train.harness.checkpoint.replace_folder", 1, "SIGTERM"),  # too late: the run is done
+        # behind three checkpoints the student: too late, the run is done
+        ("train.harness.checkpoint.replace_folder", 4, "SIGTERM"),
     ],
 )
 def test_a_signal_writes_a_checkpoint_and_resume_goes_on(where, call, name, whole, tmp_path):
