@@ -164,9 +164,9 @@ def _signal_picture(result: dict):
     variance.set(title="variance of log p_T", ylabel="nats²", xlabel=TOKEN)
     parts.set(title="norm of the gradient", xlabel=TOKEN)
     share.set(title="teacher's share", xlabel=TOKEN, ylim=(0, 1))
-    for axes in (variance, parts):
-        axes.set_ylim(bottom=0)
-    parts.legend(loc="best")
+    for axes, room in ((variance, 1.0), (parts, 1.35)):  # for the legend, above
+        axes.set_ylim(0, room * axes.get_ylim()[1])
+    parts.legend(loc="upper right")
     return figure
 
 
