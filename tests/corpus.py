@@ -194,7 +194,7 @@ CONTENT = {  # JSON, and no problem
     "no prompt": {"answer": 1},
     "capital key": {"Problem": "a", "answer": 1},
     "key with a space": {"problem ": "a", "answer": 1},
-    "another key": {"question": "a", "answer": 1},
+    "another key": {"task": "a", "answer": 1},
     "problem and prompt": {"problem": "a", "prompt": "a", "answer": 1},
     "problem and messages": {"problem": "a", **chat(("user", "a"))},
     "prompt and messages": {"prompt": "a", **chat(("user", "a"))},
@@ -257,7 +257,7 @@ CONTENT = {  # JSON, and no problem
 }
 NO_ANSWER = {
     "no answer": {"problem": "a"},
-    "no answer, but a solution": {"problem": "a", "solution": "1"},
+    "a solution without an answer": {"problem": "a", "solution": "none"},
     "no answer to messages": {"messages": [{"role": "user", "content": "a"}]},
     "answer under another case": {"prompt": "a", "Answer": 1},
 }
@@ -819,7 +819,8 @@ USABLE = {  # models for other groups
     "remote-known": remote({"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}),
     "window": other_architecture("Mistral", "MistralForCausalLM", sliding_window=8,
                                  num_key_value_heads=2, **BERT),
-    "scaled": other_architecture("Cohere", "CohereForCausalLM", logit_scale=0.1, **BERT),
+    "scaled": other_architecture("Cohere", "CohereForCausalLM", logit_scale=0.1, eos_token_id=1,
+                                 **BERT),
 }  # fmt: skip
 NAMES = ("no-such/model", "gpt-of-nobody", "no/such/folder", "/nowhere", "./nowhere", "../nowhere",
          "~/nowhere/at/all", "~nobody-of-that-name/model", "/dev/null", "/dev/zero", "good.jsonl",
