@@ -172,10 +172,6 @@ def first_fault(out: Path, text: str) -> str:
     return text
 
 
-def forget_faults(out: Path) -> None:
-    _remove(Path(out) / "faults" / "first.txt")
-
-
 def replace_folder(out: Path, name: str, fill) -> None:
     """Have `fill(folder)` write <out>/<name>. OSError: what was there still is."""
     target, partial, old = out / name, out / f"{name}.partial", out / f"{name}.old.partial"

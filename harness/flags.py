@@ -25,6 +25,7 @@ MACHINE = {
         ("--checkpoint-every", 25, ANY, "steps between checkpoints; 0: only where a run ends"),
         ("--max-skipped-steps", 5, COUNT, "that are not finite, in a row, which end the run"),
         ("--timeout", 1800, COUNT, "seconds that a process waits for another"),
+        ("--track", None, ["tensorboard", "wandb"], "send the lines of the log there, too"),
     ],
     "sampling": [
         ("--steps", 100, COUNT, "batches of rollouts"),
@@ -73,7 +74,7 @@ MACHINE = {
     ],
 }  # fmt: skip
 # What a resumed run may change: but for where it ends, no line and no weight depends on these.
-MAY_CHANGE = "out resume preset steps checkpoint_every max_skipped_steps timeout".split()
+MAY_CHANGE = "out resume preset steps checkpoint_every max_skipped_steps timeout track".split()
 
 
 def add_flags(group, rows) -> None:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import teachability
-from harness import checkpoint, flags, log, pair, signals
+from harness import checkpoint, flags, log, pair, signals, track
 from harness.cli import first_line, tell
 from harness.data import pad_id
 from harness.processes import Stopwatch, batch_order, gather_objects, my_share, row_generator
@@ -164,6 +164,7 @@ class Run:
         with self.bar:
             for step in range(position.step, args.steps + 1):
                 self.watch.restart()
+                self.optimizer.zero_grad()  # 4 bytes per parameter, while responses are sampled
                 yield step
         hook.remove()
 
@@ -187,14 +188,15 @@ class Run:
         self.signals.hold()
         position, args = self.position, self.args
         if "loss" in line:
-            names, skipped = ("reverse_kl", "kept"), position.skipped + 1 if line["skipped"] else 0
-            moved = {"step": line["step"], "evaluated": False, "skipped": skipped}
+            names, bad = ("reverse_kl", "kept"), position.skipped + 1 if line["skipped"] else 0
+            moved = {"step": line["step"], "evaluated": False, "skipped": bad}
         else:
             names, moved = ("accuracy",), {"evaluated": True}
         random = gather_objects(checkpoint.random_state())
         if self.log is not None:
             position.log_bytes = self.log.write(line)
             self.log.lines.append(line)
+            self.track(line)
         vars(position).update(moved, random=random)
         self.shown.update({name: f"{line[name]:.3f}" for name in names})
         self.bar.set_postfix(self.shown)
@@ -254,11 +256,9 @@ class Run:
         """(config, checkpoint or None, torn ones) to go on from, or None; or ValueError."""
         if config is None:
             return None
-        if config.get("problems_sha256") is None:
-            raise ValueError(f"--resume: {out} is of an earlier version, without problems_sha256")
         if changed := checkpoint.changed_flags(config, vars(self.args), flags.MAY_CHANGE):
             raise ValueError(f"--resume: {out} is a run with other flags: {'; '.join(changed)}")
-        if config["problems_sha256"] != self.fingerprint():
+        if config.get("problems_sha256") != self.fingerprint():
             what = "files or chat template have changed"
             raise ValueError(f"--resume: {out} is a run on other problems: {what}")
         found = path, _ = checkpoint.survey(out)
@@ -288,7 +288,7 @@ class Run:
             return
         claim.check()
         path = checkpoint.newest(claim.out, found)
-        checkpoint.forget_faults(claim.out)
+        (claim.out / "faults" / "first.txt").unlink(missing_ok=True)
         resumed = {"step": self.position.step}
         for name in ("commit", "device", "processes", "threads", "versions", "started"):
             resumed[name] = now[name]
@@ -368,6 +368,7 @@ def open_run(args, origins, needs, interruptions, claim) -> Run:
     out, run, resume, error, config = claim.out, None, None, None, None
     try:
         wanted = needs(args)
+        track.check(args.track)
         if rank == 0:
             claim.take()
             checkpoint.check_folder(out, args.resume)
@@ -377,7 +378,6 @@ def open_run(args, origins, needs, interruptions, claim) -> Run:
     except (ValueError, OSError) as caught:  # the latter of a folder that may not be looked into
         error = caught
     device = start_processes(args, world) if world > 1 or error is None else None
-
     raise_on_all_ranks(lambda: None, error)
     if run.day != (day := gather_objects(run.day)[0]):  # of a resumed run, or midnight has passed
         run.load_prompts(day)
@@ -400,6 +400,7 @@ def written_down(run: Run):
     """Keep the log open; whatever ends the body early, first a checkpoint is written."""
     out, position = Path(run.args.out), run.position
     run.log = log.Log(out, position.log_bytes) if run.rank == 0 else None
+    run.track = track.tracker(run.args.track, out, run.log.lines if run.log else ())
     position.random = position.random or gather_objects(checkpoint.random_state())
     try:
         yield

@@ -159,7 +159,7 @@ def test_a_stop_is_raised_once_at_the_first_moment_that_is_not_held(events):
         assert expected is None
 
 
-@prop("harness.write_fault", "harness.first_fault", "harness.forget_faults",
+@prop("harness.write_fault", "harness.first_fault",
       "harness.replace_folder", "harness.raise_on_all_ranks", examples=30,
       texts=st.lists(st.text("abc: ", min_size=1).filter(str.strip), min_size=1, max_size=4))
 def test_the_first_error_is_kept_and_results_are_replaced_whole(texts):
@@ -170,7 +170,7 @@ def test_the_first_error_is_kept_and_results_are_replaced_whole(texts):
             checkpoint.replace_folder(out, "student", lambda f, t=text: (
                 f.mkdir(), (f / "x").write_text(t)))
             assert (out / "student" / "x").read_text() == text
-        checkpoint.forget_faults(out)
+        (out / "faults" / "first.txt").unlink()
         assert checkpoint.first_fault(out, "new") == "new"
         path = checkpoint.write_fault(out, "a.safetensors", {"x": torch.arange(3)[::2]})
         assert path.parent == out / "faults" and sorted(os.listdir(out)) == ["faults", "student"]

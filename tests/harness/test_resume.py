@@ -525,7 +525,7 @@ def pipe(path):
 ODD = {  # what is done to a run, and what the message names
     "resumed": (lambda run: edit_config(run, resumed=3), "run/config.json"),
     "date": (lambda run: edit_config(run, date="\x1b[2J"), "run/config.json"),
-    "before": (lambda run: edit_config(run, problems_sha256=None), "earlier version"),
+    "before": (lambda run: edit_config(run, problems_sha256=None), "is a run on other problems"),
     "pipe": (lambda run: pipe(run / "log.jsonl"), "log.jsonl"),
     "dropped": (lambda run: pipe(run / "log.dropped.jsonl"), "log.dropped.jsonl"),
     "folder": (lambda run: (run / "log.dropped.jsonl").mkdir(), "log.dropped.jsonl"),
