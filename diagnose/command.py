@@ -39,7 +39,7 @@ OWN = [
      "on; 0: none"),
     ("--top-k", 16, (2, MANY), "tokens of either model in overlap and gradient"),
     ("--batch-size", 64, COUNT, "responses in flight"),
-    ("--tokens-per-pass", 16384, (1, BIG), "most tokens per forward pass, padding included: bounds "
+    ("--tokens-per-pass", 2048, (1, BIG), "most tokens per forward pass, padding included: bounds "
      "memory; a longer response goes alone"),
     ("--resamples", 400, (20, 100_000), "of the bootstrap over problems"),
     ("--bin-width", 0, ANY, "of the curves, tokens; 0: on the toy a move, else a "
