@@ -36,7 +36,7 @@ def named(line: dict) -> dict:
     return flat(line, "train/" if "loss" in line else "eval/")
 
 
-def begin_tensorboard(out: Path):
+def _begin_tensorboard(out: Path):
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(out / "tensorboard", ignore_errors=True)
@@ -50,7 +50,7 @@ def begin_tensorboard(out: Path):
     return send
 
 
-def begin_wandb(out: Path):
+def _begin_wandb(out: Path):
     import wandb
 
     config, name = checkpoint.read_config(out), out.resolve().name
@@ -68,7 +68,7 @@ def tracker(kind: str | None, out: Path, lines: list[dict]):
     def write(line: dict) -> None:
         nonlocal send
         try:
-            send = send or {"tensorboard": begin_tensorboard, "wandb": begin_wandb}[kind](out)
+            send = send or {"tensorboard": _begin_tensorboard, "wandb": _begin_wandb}[kind](out)
             send(named(line), line["step"])
         except Exception as error:  # no network, a full disk: whatever the library raises
             tell("train.py", f"--track {kind} ends here: {type(error).__name__}: {error}")

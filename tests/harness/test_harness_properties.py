@@ -278,7 +278,7 @@ def test_a_head_is_a_matrix_or_refused(family, seed, bias, prompt):
     harness.check_head("--student", model, prompt)
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda module, args, out: out * (1.5 + abs(bias)))
-    with pytest.raises(ValueError, match="--student .* not supported"):
+    with pytest.raises(ValueError, match="--student .* not hidden states times a matrix"):
         harness.check_head("--student", model, prompt)
 
 
