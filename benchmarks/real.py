@@ -29,6 +29,7 @@ The last line printed is JSON.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,9 +65,8 @@ def command(args, method: str, seed: int, out: Path) -> list[str]:
 def train_all(args, todo: list[tuple[str, int, Path]]) -> None:
     """Run what is not finished, --jobs at a time; the bar moves with every step of any run."""
     waiting = [(command(args, *run), run[2]) for run in todo if not (run[2] / "student").exists()]
-    bar, running = tqdm(total=args.steps * len(waiting), unit="step", smoothing=0), {}
-    started = {out: steps_of(out) for _, out in waiting}
-    bar.initial = sum(started.values())
+    started, running = {out: steps_of(out) for _, out in waiting}, {}
+    bar = tqdm(total=args.steps * len(waiting), initial=sum(started.values()), unit="step")
     while waiting or running:
         while waiting and len(running) < args.jobs:
             words, out = waiting.pop(0)
@@ -80,7 +80,9 @@ def train_all(args, todo: list[tuple[str, int, Path]]) -> None:
                 pass
             else:
                 del running[out]
-                if process.returncode:
+                if not process.returncode:  # 3 GB each, which nobody goes on from
+                    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+                else:
                     for other, _ in running.values():
                         other.terminate()
                     sys.exit(f"{' '.join(words)}\n{Path(f'{out}.txt').read_text()[-2000:]}")

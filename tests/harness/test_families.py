@@ -145,3 +145,48 @@ def test_a_head_whose_weights_are_lost_is_refused():
         harness.check_head("--teacher", model, PROMPTS[0])
     model = build("Llama", {"initializer_range": 0.02})  # never trained, but not lost
     harness.check_head("--teacher", model, PROMPTS[0])
+
+
+def hooked(dtype, change):
+    """A model whose logits are not hidden states times the head, but changed after that."""
+    model = build("Llama", {"tie_word_embeddings": False}).to(dtype)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: change(logits))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "refused"),
+    [
+        (torch.float32, 1 + 5e-4, False), (torch.float32, 1 + 2e-3, True),
+        (torch.bfloat16, 1.012, False), (torch.bfloat16, 1.04, True),  # rounds to 1 in 128
+        (torch.float16, 1.012, False), (torch.float16, 1.04, True),
+    ],
+)  # fmt: skip
+def test_a_head_may_be_off_by_what_its_type_rounds_away(dtype, scale, refused):
+    model = hooked(dtype, lambda logits: logits * scale)
+    if refused:
+        with pytest.raises(ValueError, match=f"--student LlamaForCausalLM: {NOT_A_MATRIX}"):
+            harness.check_head("--student", model, PROMPTS[0])
+    else:
+        harness.check_head("--student", model, PROMPTS[0])
+
+
+@pytest.mark.parametrize(("spread", "refused"), [(3e-3, False), (3e-5, True)])
+def test_a_head_is_lost_when_its_logits_differ_by_rounding_alone(spread, refused):
+    model = build("Llama", {"tie_word_embeddings": False})
+    column_D = torch.randn(SIZES["hidden_size"])  # the same for all tokens, but for `spread`
+    share_V = torch.linspace(1 - spread, 1, SIZES["vocab_size"])
+    model.lm_head.weight.data.copy_(share_V[:, None] * column_D)
+    if refused:
+        with pytest.raises(ValueError, match="all tokens are equally likely"):
+            harness.check_head("--teacher", model, PROMPTS[0])
+    else:
+        harness.check_head("--teacher", model, PROMPTS[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_head_that_is_not_finite_is_refused(bad):
+    model = build("Llama", {"tie_word_embeddings": False})
+    model.lm_head.weight.data[5, 3] = bad
+    with pytest.raises(ValueError, match="--student LlamaForCausalLM: its logits are not finite"):
+        harness.check_head("--student", model, PROMPTS[0])
