@@ -150,6 +150,41 @@ def test_clamped_advantages_and_warm_up():
     assert math.isclose(run.optimizer.param_groups[0]["lr"], 4e-4)
 
 
+@pytest.mark.parametrize("rescale", ["batch", "sequence", "none"])
+def test_the_mean_over_responses_of_their_means(rescale):
+    """--loss-mean response: every response weighs the same, whatever its length (LGR's authors)."""
+    run = make_run(*TOY, *SHORT, "--loss-mean", "response", "--rescale", rescale)
+    batch = sample(run, 0)
+    scores = score(run, batch)
+    lengths = batch.response_mask_BT.sum(dim=1).tolist()
+    kept = [n // 2 + row for row, n in enumerate(lengths)]
+    scores.keep_BT = masks.first_tokens(torch.tensor(kept), batch.response_mask_BT)
+    A_BT, w_BT = train.weigh(run, batch, scores, 0)
+    shares = [k / n for k, n in zip(kept, lengths, strict=True)]
+    for row, (k, n) in enumerate(zip(kept, lengths, strict=True)):
+        wanted = {"batch": 1 / (n * sum(shares)), "sequence": 1 / (k * len(kept)),
+                  "none": 1 / (n * len(kept))}[rescale]  # fmt: skip
+        used_T = w_BT[row] > 0
+        assert int(used_T.sum()) == k and (w_BT[row, used_T] / wanted - 1).abs().max() < 1e-5
+    assert abs(w_BT.sum().item() - (sum(shares) / len(kept) if rescale == "none" else 1)) < 1e-5
+
+
+def test_reward_and_kl_take_turns():
+    """--lgr-alternate 2: two steps of log p_T - log p_S alone, then two of the reward alone."""
+    run = make_run("--toy", "fork", *SHORT, "--method", "lgr", "--lgr-gamma", "3")
+    batch = sample(run, 0)
+    scores = score(run, batch)
+    gap_BT = (scores.logp_BT - batch.logp_BT) * batch.response_mask_BT
+    reward_BT = lgr.sampled_reward(scores.reward_BTK, batch.topk_ids_BTK[..., :8], batch.ids_BT)
+    assert gap_BT.any() and reward_BT.any()
+    for alternate, kinds in ((0, "bbbbbbbbb"), (1, "krkrkrkrk"), (2, "kkrrkkrrk"), (3, "kkkrrrkkk")):
+        run.args.lgr_alternate = alternate
+        for step, kind in enumerate(kinds):
+            A_BT, _ = train.weigh(run, batch, scores, step)
+            wanted_BT = gap_BT * (kind in "bk") + 3 * reward_BT * (kind in "br")
+            torch.testing.assert_close(A_BT, wanted_BT, rtol=1e-5, atol=1e-6)
+
+
 def teacher_logprobs(run, batch, row):
     """[T, V] by a plain forward of one unpadded row; entry t describes token t, entry 0 is 0."""
     used = int(batch.response_mask_BT[row].nonzero().max()) + 1
