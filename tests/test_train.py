@@ -177,7 +177,7 @@ def test_reward_and_kl_take_turns():
     gap_BT = (scores.logp_BT - batch.logp_BT) * batch.response_mask_BT
     reward_BT = lgr.sampled_reward(scores.reward_BTK, batch.topk_ids_BTK[..., :8], batch.ids_BT)
     assert gap_BT.any() and reward_BT.any()
-    for alternate, kinds in ((0, "bbbbbbbbb"), (1, "krkrkrkrk"), (2, "kkrrkkrrk"), (3, "kkkrrrkkk")):
+    for alternate, kinds in enumerate(("bbbbbbbbb", "krkrkrkrk", "kkrrkkrrk", "kkkrrrkkk")):
         run.args.lgr_alternate = alternate
         for step, kind in enumerate(kinds):
             A_BT, _ = train.weigh(run, batch, scores, step)
