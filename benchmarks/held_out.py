@@ -14,6 +14,7 @@ import teachability
 from harness.log import quarters, repeated_ngrams
 
 TOP_K, MIN_SEGMENTS = 4, 2  # of the release rule, as train.py has them
+PARTS = 4  # open prompts, reading them, sums, human solutions
 
 
 class Ruler:
@@ -57,10 +58,13 @@ class Ruler:
         )  # fmt: skip
 
     @torch.no_grad()
-    def measure(self, model) -> dict:
-        """Everything about a model: of the teacher, KL to itself is 0 and left out."""
+    def measure(self, model, moved=lambda: None) -> dict:
+        """Everything about a model: of the teacher, KL to itself is 0 and left out. moved: called
+        after each of the PARTS of the work."""
         batch = self.write(model, self.open_prompts, 1, self.args.samples)
+        moved()
         found = self.along(batch, self.read(model, batch), model is not self.teacher)
+        moved()
         prompts = harness.render_prompts(self.tokenizer, self.sums)
         records = evaluate.sample_answers(
             model, self.tokenizer, self.sums, prompts, samples=2 * self.args.samples,
@@ -69,6 +73,7 @@ class Ruler:
         )  # fmt: skip
         right = [sum(record["correct"] for record in x) for x in records]
         found["accuracy"] = [right, [len(x) for x in records]]
+        moved()
         nll = []
         for ids_1T, start in self.human:
             mask_1T = torch.arange(ids_1T.shape[1])[None] >= start
@@ -76,6 +81,7 @@ class Ruler:
             head_VD = model.get_output_embeddings().weight
             logp_1T = logprobs.token_logprobs(hidden_1TD, head_VD, ids_1T, mask_BT=mask_1T)
             nll.append((-logp_1T.sum().item(), int(mask_1T.sum())))
+        moved()
         return found | ({"perplexity": [list(x) for x in zip(*nll, strict=True)]} if nll else {})
 
     def read(self, model, batch) -> SimpleNamespace:

@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import machine, style, tables  # noqa: E402
-from benchmarks.held_out import Ruler  # noqa: E402
+from benchmarks.held_out import PARTS, Ruler  # noqa: E402
 
 METHODS = "opd release lgr release+lgr prefix shuffled random rkl".split()
 
@@ -274,14 +274,17 @@ def measure_all(args, todo) -> dict:
     ruler, measured = None, {}
     human = args.human and args.human.name
     settings = [args.open_prompts, args.samples, args.solutions, human]
-    for name, path, kept in tqdm(places, desc="measure", unit="model"):
+    bar = tqdm(desc="measure", total=PARTS * len(places), unit="part")
+    for number, (name, path, kept) in enumerate(places, 1):
         found = json.loads(kept.read_text()) if kept.exists() else {}
         if found.get("settings") != settings:
             ruler = ruler or Ruler(args)
             model = ruler.teacher if name == "teacher" else ruler.open(path)
-            found = {"settings": settings, **ruler.measure(model)}
+            found = {"settings": settings, **ruler.measure(model, bar.update)}
             kept.write_text(json.dumps(found))
+        bar.update(PARTS * number - bar.n)
         measured.setdefault(name, []).append({k: v for k, v in found.items() if k != "settings"})
+    bar.close()
     return measured
 
 
