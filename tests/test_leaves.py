@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_docs import PAGES
 
 ROOT = Path(__file__).parent.parent
 LEAVES = {  # the only packages that each may import besides the standard library
@@ -157,7 +158,7 @@ def test_the_readme_is_small():
 
 
 def test_links_lead_somewhere():
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]:
+    for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page}: {link}"
