@@ -209,7 +209,6 @@ def write(out: Path, step: int, groups: dict, facts: dict, keep: int = KEPT) -> 
     with name_the_path(target):
         folder.mkdir(exist_ok=True)
         if target.is_symlink() or not target.exists() or what_is_torn(target):
-            _remove(*folder.glob("step-*.partial"))
             replace_folder(folder, target.name, fill)
         _remove(*_steps(folder)[:-keep])
     return target
