@@ -154,17 +154,17 @@ def _judge_fidelity(s: dict) -> Verdict:
 
 def _judge_release(s: dict) -> Verdict:
     """Would the release rule act?"""
-    paper, m = PAPER_RELEASE, s["margin"]["student"]
+    paper, m, own = PAPER_RELEASE, s["margin"]["student"], s["margin"]["teacher"]
     rule = f"a BIC gain above 6 in {FIRES:.0%} of the responses (the paper's models: " \
            f"{paper['gain_over_6']:.0%})"  # fmt: skip
     says = f"The rule would stop {_percent(m['fired'])} of the student's responses"
     if m["release_at"]["median"] is not None:
-        says += f", half of these before {m['release_at']['median']:.0%} of their length"
+        says += f", half of these before {m['release_at']['median']:.0%} of their length; "
+        says += f"{_percent(m['gain_over_6'])} with a gain above 6 (mean {_two(m['gain']['mean'])})"
     says += (
-        f"; {_percent(m['gain_over_6'])} have a gain above 6 (mean gain {_two(m['gain']['mean'])})."
-        f" The paper: {paper['gain_over_6']:.0%}, mean gain {paper['gain']:.0f}, median at "
-        f"{paper['median']:.0%}. Of the teacher's own responses "
-        f"{_percent(s['margin']['teacher']['gain_over_6'])} have a gain above 6."
+        f". Of the teacher's own: {_percent(own['fired'])}; {_percent(own['gain_over_6'])} with a "
+        f"gain above 6. The paper: {paper['gain_over_6']:.0%} above 6, mean gain "
+        f"{paper['gain']:.0f}, median at {paper['median']:.0%}."
     )
     grade = "bad" if m["gain_over_6"]["mean"] >= FIRES else "good"
     return Verdict("margin", grade, says, rule, RELEASE)
