@@ -13,7 +13,7 @@ import nltk
 import pytest
 import torch
 from inputs import GOOD, TEMPLATE, ask, byte_tokenizer, tiny_model, write
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -121,6 +121,33 @@ def test_prompts_without_a_template_are_plain():
     chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
     problems = harness.from_records([{"messages": chat, "answer": 1}], "p")
     assert tokenizer.decode(harness.render_prompts(tokenizer, problems)[0]) == "a\n\nb\n\n"
+
+
+def test_without_a_template_the_tokenizer_begins_a_prompt_and_does_not_end_it():
+    """Its own BOS stays, its own EOS goes: the model would take the prompt for a finished text."""
+    tokenizer = byte_tokenizer(template=None)
+    bos, eos = tokenizer.convert_tokens_to_ids("<|system|>"), tokenizer.eos_token_id
+    ends = [("<|system|>", bos), ("<|end|>", eos)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|system|> $A <|end|>", special_tokens=ends
+    )
+    tokenizer.bos_token = "<|system|>"
+    plain = tokenizer("2 + 2?\n\n", add_special_tokens=False)["input_ids"]
+    assert tokenizer("2 + 2?\n\n")["input_ids"] == [bos, *plain, eos]
+    problems = harness.from_records([{"problem": "2 + 2?"}], "p", require_answer=False)
+    assert harness.render_prompts(tokenizer, problems) == [[bos, *plain]]
+
+
+def test_a_line_of_any_length_is_told_from_two(tmp_path, monkeypatch):
+    """As long as the limit is read, one byte more is refused by its number, not cut in two."""
+    text = '{"problem": "a", "answer": "1"}'
+    monkeypatch.setattr(harness.data, "LONGEST_LINE", len(text) + 1)
+    path = tmp_path / "p.jsonl"
+    path.write_text(f"{text}\n{text}\n{text}")
+    assert len(harness.load_problems(path)) == 3
+    path.write_text(f"{text}\n{text} \n{text}\n")
+    with pytest.raises(ValueError, match=f"p.jsonl:2: longer than {len(text) + 1} bytes"):
+        harness.load_problems(path)
 
 
 @pytest.mark.parametrize("text", ["a<|end|>b", "<|assistant|>", "x <|user|>"])
