@@ -1,6 +1,6 @@
 r"""The methods on real language: the pair of `examples/smollm2/prepare.py`, trained and measured.
 
-    python benchmarks/real.py                     every method, three seeds: hours on 2 cores
+    python benchmarks/real.py                     every method, three seeds: five hours on 2 cores
     python benchmarks/real.py --quick             two methods, one seed, two steps: minutes
     python benchmarks/real.py --human FILE        also the perplexity of solutions by people: JSONL
                                                   with "question" and "answer", as GSM8K has them
@@ -214,7 +214,8 @@ def draw(figures: dict, out: Path) -> None:
         names = [m for m in ("student", *METHODS) if m in figures]
         panels = [("reverse_kl", "reverse KL, nats per token"), ("accuracy", "accuracy on sums"),
                   ("fired", "responses that the rule stops")]  # fmt: skip
-        figure, axes = plt.subplots(1, 3, figsize=(9, 0.34 * len(names) + 1.3), sharey=True)
+        size = {"figsize": (9, 0.34 * len(names) + 1.3), "layout": "constrained"}
+        figure, axes = plt.subplots(1, 3, sharey=True, **size)
         for axis, (key, title) in zip(axes, panels, strict=True):
             for i, name in enumerate(names):
                 value, low, high = figures[name][key]
