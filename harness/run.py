@@ -178,6 +178,8 @@ class Run:
         sums = dict(zip(sums, self.sum(sums.values()), strict=True))
         if self.rank == 0 and not self.warned and 2 * sums.get("short", 0) > sums["rollouts"]:
             self.warned = True
+            if self.bar is not None:
+                self.bar.clear()
             what = "most responses have fewer sentences than the rule needs, 2 x --min-segments"
             tell("train.py", f"step {step + 1}: {what}: look at --splitter")
         return log.log_line(step, loss, norm, skipped, sums, self.watch.seconds, self.args)

@@ -1,7 +1,7 @@
 r"""A real pair for a laptop: SmolLM2-135M-Instruct, and itself with four layers left out.
 
-    pip install -r requirements.txt -r examples/smollm2/requirements.txt
-    python examples/smollm2/prepare.py                      about ten minutes on 2 cores
+    pip install -r examples/smollm2/requirements.txt
+    python examples/smollm2/prepare.py                      about ten minutes on 2 quiet cores
 
 Writes into --out (runs/smollm2):
 
@@ -197,6 +197,9 @@ def main(argv=None):
         found[name] = evaluate.run(asked)["models"]["model"]["summary"]
     (out / "prepared.json").write_text(json.dumps(found, indent=1) + "\n")
     print(f"wrote {out}/teacher, student, train.jsonl, heldout.jsonl, open.jsonl, prepared.json")
+    print(f"next: torchrun train.py --method release --student {out}/student --teacher "
+          f"{out}/teacher --problems {out}/train.jsonl --eval-problems {out}/heldout.jsonl "
+          "--steps 30 --prompts-per-step 8 --max-new-tokens 96 --lr 3e-5 --out runs/real-release")
     return 0
 
 
