@@ -30,8 +30,6 @@ OPENING_TOKENS, MOVE_TOKENS = 6, 11  # of a response's first sentence, and of ev
 
 
 # --------------------------------------------------------------------------------------- worlds
-
-
 @dataclass(frozen=True)
 class World:
     """A teacher and a student that belong together.
@@ -93,6 +91,10 @@ WORLDS = {
         "off-by-one", "after move 6 it is one mark off in every move, as sure as before",
         noise={"drift": 6}, shipped=False,
     ),
+    "late": _world(
+        "late", "it garbles 70% of moves 1 to 6 and is right later", shipped=False,
+        noise={"horizon": MAX_MOVES, "corruption": 0.7, "late": 6},
+    ),
     "mire": _world(
         "mire", "it slips as in `fork`; after two slips it garbles 70% of the rest", "mire-student",
         noise={"wordings": FORK, "mire": 0.7}, uncertain="thus", shipped=False,
@@ -113,8 +115,6 @@ def world(name="varied"):
 
 
 # -------------------------------------------------------------------------------- model folders
-
-
 def exists(folder):
     """Whether a model lies in that local folder."""
     return (Path(folder) / "config.json").is_file()
@@ -210,7 +210,7 @@ def problems(count, *, moves=MAX_MOVES, split="train", seed=0, task="dial"):
 
 def dial_response(
     problem, rng=None, *, horizon=0, corruption=0.0, wrong_result=0.0, wrong_operation=0.0,
-    wordings=None, cut=MAX_MOVES, drift=MAX_MOVES, mire=0.0,
+    wordings=None, cut=MAX_MOVES, drift=MAX_MOVES, mire=0.0, late=0,
 ):  # fmt: skip
     r"""The worked solution of a dial problem, spoilt as told; later moves go on from what it says.
 
@@ -224,6 +224,7 @@ def dial_response(
     cut                  the response stops after that move, as if the problem had no more
     drift                every move after that one lands one mark too far
     mire                 after two such mistakes, share of the sentences that are garbled
+    late                 moves up to that one are garbled, too, as those after `horizon`
     rng                  a `random.Random`, needed for any share above 0 and for `wordings`
 
     >>> problem = {"problem": "The dial starts at 14. Move 1 is plus 5. Where does it stop?"}
@@ -235,7 +236,8 @@ def dial_response(
         return share > 0 and rng.random() < share
 
     def garbles():
-        return (number > horizon and chance(corruption)) or (slipped > 1 and chance(mire))
+        lost = number > horizon or number <= late
+        return (lost and chance(corruption)) or (slipped > 1 and chance(mire))
 
     text = problem["problem"]
     mark = int(re.match(r"The dial starts at (\d+)\.", text)[1])
