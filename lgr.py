@@ -186,21 +186,31 @@ def self_check(model, *, tolerance: float | None = None) -> None:
 def group_reward(confidence_BTK, *, normalize: str = "std", eps: float = 1e-6) -> torch.Tensor:
     """r_k = (c_k - mean) / (std + eps) within each group, the last axis; of the same type.
     All 0 where candidates are equal or alone, and in a group that holds a nan or an infinity.
-    normalize: "std" (the paper: the unbiased one), or "mean" (the authors' script: no division).
+    normalize: "std" (the paper: the unbiased one), "mean" (the authors' script: no division) or
+        "guard" (their code with its switch on: by std alone, where it is above 1e-8).
     eps: differences well below it are noise; raise it for a bfloat16 teacher.
     Raises ValueError for another normalize, and eps < 0.
 
     >>> [round(r, 3) for r in group_reward(torch.tensor([0.9, 0.5, 0.1, 0.1])).tolist()]
     [1.306, 0.261, -0.783, -0.783]
     """
-    if normalize not in ("std", "mean") or not eps >= 0:
-        raise ValueError(f'normalize must be "std" or "mean", eps >= 0, not {normalize!r}, {eps}')
+    if normalize not in ("std", "mean", "guard") or not eps >= 0:
+        wanted = "normalize must be std, mean or guard, eps >= 0"
+        raise ValueError(f"{wanted}, not {normalize!r}, {eps}")
     reward_BTK = (c_BTK := confidence_BTK.double()) - c_BTK.mean(dim=-1, keepdim=True)
-    if normalize == "std" and c_BTK.shape[-1] > 1:
-        reward_BTK = reward_BTK / (c_BTK.std(dim=-1, keepdim=True) + eps)
+    if normalize != "mean" and c_BTK.shape[-1] > 1:
+        std_BT1 = c_BTK.std(dim=-1, keepdim=True)
+        guarded_BT1 = std_BT1.where(std_BT1 > 1e-8, 1.0)
+        reward_BTK = reward_BTK / (std_BT1 + eps if normalize == "std" else guarded_BT1)
     spread_BT1 = c_BTK.amax(dim=-1, keepdim=True) - c_BTK.amin(dim=-1, keepdim=True)
     is_group_BT1 = (spread_BT1 > 1e-150) & spread_BT1.isfinite()  # below, squares underflow
     return torch.where(is_group_BT1, reward_BTK, 0.0).to(torch.result_type(confidence_BTK, 1.0))
+
+
+def difference_reward(confidence_BTK, before_BT) -> torch.Tensor:
+    """c_k - c: what candidates add to the teacher's confidence before them; 0 where not triggered
+    (ours). Its expected gradient is that of "mean": c is the same for all of them."""
+    return (confidence_BTK - before_BT[..., None]).nan_to_num(nan=0.0)
 
 
 def sampled_reward(reward_BTK, candidates_BTK, ids_BT) -> torch.Tensor:

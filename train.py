@@ -37,7 +37,7 @@ METHODS = {
     "lgr": ("pg", "none", "on"),
     "lgr_topk": ("topk", "none", "on"),
     "release+lgr": ("pg", "release", "on"),
-    **{name: ("pg", name, "off") for name in masks.CONTROLS},
+    **{name: ("pg", name, "off") for name in masks.CONTROLS + masks.RIVALS},
     **{name: (name, "none", "off") for name in logprobs.DIVERGENCES},
 }
 # --preset: flags by name; what is not named keeps its default, which is LGR's authors' setting.
@@ -79,7 +79,8 @@ FLAGS = {
         ("--lgr-tau", 0.2, ANY, "look ahead above this student entropy, nats"),
         ("--lgr-top-k", 8, (2, 10**6), "student candidates in a group"),
         ("--lgr-signal", "max_prob", [*lgr.SIGNALS], "the teacher's confidence"),
-        ("--lgr-normalize", "std", ["std", "mean"], "divide by the group's deviation, or centre"),
+        ("--lgr-shape", "group", ["group", "difference"], "confidence against the group or before"),
+        ("--lgr-normalize", "std", ["std", "mean", "guard"], "divide by its deviation, or centre"),
         ("--lgr-eps", 1e-6, ANY, "added to that deviation"),
         ("--lgr-alternate", 0, ANY, "so many steps without reward, then with nothing else; 0: off"),
         ("--lgr-nodes", 4096, COUNT, "leaves per forward pass: bounds memory"),
@@ -102,6 +103,12 @@ def spends_budget(args) -> bool:
     return args.mask in masks.CONTROLS and not args.prefix_tokens and args.budget == "release"
 
 
+def asks_for(args) -> set[str]:
+    """What the masks in use see."""
+    rules = ["release"] * spends_budget(args) + [args.mask] * (args.mask in masks.MASKS)
+    return {name for rule in rules for name in masks.parameters(rule, vars(args))}
+
+
 def needs(args) -> harness.Needs:
     """What the harness checks before weights load. ValueError for flags that contradict."""
     lookahead, topk = args.lookahead == "on", args.objective == "topk"
@@ -113,10 +120,13 @@ def needs(args) -> harness.Needs:
         raise ValueError(f"--prefix-tokens {args.prefix_tokens} needs --mask prefix")
     if args.budget == "own" and args.mask != "std":
         raise ValueError(f"--budget own needs --mask std, not {args.mask}")
-    rules = ["release"] * spends_budget(args) + [args.mask] * (args.mask in masks.MASKS)
-    asked = {name for rule in rules for name in masks.parameters(rule, vars(args))}
-    used = {"margin_top_k": "candidate_logp_BTK" in asked, "lgr_top_k": lookahead,
-            "union_top_k": topk}  # fmt: skip
+    if args.mask in masks.OWN_ADVANTAGE and args.objective != "pg":
+        raise ValueError(f"--mask {args.mask} has its own advantage: it needs --objective pg")
+    if args.lgr_shape == "difference" and args.lgr_signal != "max_prob":
+        raise ValueError("--lgr-shape difference needs --lgr-signal max_prob")
+    asked = asks_for(args)
+    used = {"margin_top_k": {"candidate_logp_BTK", "teacher_ids_BTK"} & asked,
+            "lgr_top_k": lookahead, "union_top_k": topk}  # fmt: skip
     candidates = {name: getattr(args, name) for name, is_used in used.items() if is_used}
     return harness.Needs(candidates, "segments" in asked, [lgr.self_check] * lookahead)
 
@@ -130,6 +140,7 @@ class Scores:
     logp_BT: torch.Tensor = None  # log p_T of the sampled token, nats
     max_prob_BT: torch.Tensor = None  # the teacher's largest probability ("supervision fidelity")
     keep_BT: torch.Tensor = None  # q_t
+    advantage_BT: torch.Tensor = None  # of a mask that has its own
     released_B: torch.Tensor = None  # the rule fired, with BIC0 - BIC1 = gain
     gain_B: torch.Tensor = None
     wanted_B: torch.Tensor = None  # tokens that it keeps; of std: before its own change point
@@ -156,12 +167,14 @@ class Scores:
 def sample(run, step: int):
     """1: this process's rollouts of a step, and the number of the first in the whole batch."""
     args, (prompts, first_row) = run.args, run.prompts_of(step)
+    limit = harness.train_tokens(args, step)
     with run.autocast(), evaluate.SamplingBar(len(prompts), run.rank > 0, delay=2) as moved:
         batch = run.skip_overflow(rollout.generate)(
-            run.model, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+            run.model, prompts, max_new_tokens=limit, temperature=args.temperature,
             eos_ids=run.stop_ids, pad_id=run.pad_id, vocab_size=run.vocab_size, decode=run.decode,
             top_k=max(run.needs.candidates.values(), default=1), batch_size=args.sample_batch,
-            generator=run.generator(step, first_row), progress=moved, stop_class=run.stop_class,
+            generator=run.generator(step, first_row, limit), progress=moved,
+            stop_class=run.stop_class,
         )  # fmt: skip
     run.watch.lap("sample")
     return batch, first_row
@@ -172,6 +185,7 @@ def score(run, batch, segments) -> Scores:
     """2 and 3, a micro-batch at a time: the KV cache of one lives until its leaves are scored."""
     args, teacher, out = run.args, run.teacher, Scores(batch.ids_BT.shape)
     lookahead, topk, budget = args.lookahead == "on", args.objective == "topk", spends_budget(args)
+    asked, M = asks_for(args), args.margin_top_k
     for at in harness.micro_batches(batch.response_mask_BT, args):
         ids_BT, mask_BT, entropy_BT, logp_BT, candidates_BTK = (
             getattr(batch, name)[at]
@@ -180,7 +194,8 @@ def score(run, batch, segments) -> Scores:
         trunk = teacher.base_model(input_ids=ids_BT, use_cache=lookahead)  # the teacher forward
         stats = logprobs.token_stats(
             trunk[0], teacher.get_output_embeddings().weight, ids_BT, entropy=False,
-            top_k=args.union_top_k * topk, candidates_BTK=candidates_BTK, mask_BT=mask_BT,
+            top_k=max(args.union_top_k * topk, M * ("teacher_ids_BTK" in asked)),
+            candidates_BTK=candidates_BTK, mask_BT=mask_BT,
             vocab_size=run.vocab_size, stop_class=run.stop_class,
         )  # fmt: skip
         out.put(at, logp_BT=stats.logp_BT, max_prob_BT=stats.max_prob_BT)
@@ -188,14 +203,17 @@ def score(run, batch, segments) -> Scores:
 
         seen = vars(args) | {
             "response_mask_BT": mask_BT, "entropy_BT": entropy_BT, "max_prob_BT": stats.max_prob_BT,
-            "advantage_BT": stats.logp_BT - logp_BT,
-            "candidate_logp_BTK": stats.candidate_logp_BTK[..., : args.margin_top_k],
+            "logp_BT": logp_BT, "advantage_BT": stats.logp_BT - logp_BT,
+            "candidate_logp_BTK": stats.candidate_logp_BTK[..., :M],
+            "candidate_ids_BTK": candidates_BTK[..., :M],
+            "teacher_ids_BTK": stats.topk_ids_BTK[..., :M] if "teacher_ids_BTK" in asked else None,
             "segments": segments and [segments[row] for row in at[0].tolist()],
+            "progress": run.position.step / args.steps,
         }  # fmt: skip
         mask = masks.apply("release" if budget else args.mask, seen)  # a control's comes later
         own = masks.apply("std", seen) if budget and args.mask == "std" else mask
-        out.put(at, keep_BT=mask.keep_BT, wanted_B=own.keep_BT.sum(dim=1),
-                released_B=own.released_B, gain_B=own.gain_B)  # fmt: skip
+        out.put(at, keep_BT=mask.keep_BT, wanted_B=(own.keep_BT > 0).sum(dim=1),
+                released_B=own.released_B, gain_B=own.gain_B, advantage_BT=own.advantage_BT)
         run.watch.lap("mask")
 
         if lookahead:  # where a control will supervise is not known yet: look everywhere
@@ -207,14 +225,18 @@ def score(run, batch, segments) -> Scores:
                 vocab_size=run.vocab_size, stop_class=run.stop_class, signal=args.lgr_signal,
             )  # fmt: skip
             how = {"normalize": args.lgr_normalize, "eps": args.lgr_eps}
+            reward_BTK = lgr.group_reward(confidence_BTK, **how)
+            if args.lgr_shape == "difference":
+                reward_BTK = lgr.difference_reward(confidence_BTK, stats.max_prob_BT)
             out.put(at, trigger_BT=trigger_BT, spread_BT=confidence_BTK.std(dim=-1).nan_to_num(),
-                    reward_BTK=lgr.group_reward(confidence_BTK, **how))  # fmt: skip
+                    reward_BTK=reward_BTK)  # fmt: skip
             run.watch.lap("lookahead")
         if topk:
-            own_BTK, U = stats.candidate_logp_BTK[..., : args.union_top_k], args.union_top_k
-            ids_BTU, valid_BTU = lgr.union_candidates(candidates_BTK[..., :U], stats.topk_ids_BTK)
+            both, U = (candidates_BTK, stats.topk_ids_BTK), args.union_top_k
+            ids_BTU, valid_BTU = lgr.union_candidates(*(ids_BTK[..., :U] for ids_BTK in both))
+            both = (stats.candidate_logp_BTK, stats.topk_logp_BTK)
             out.put(at, union_BTU=ids_BTU, union_valid_BTU=valid_BTU,
-                    union_logp_BTU=torch.cat([own_BTK, stats.topk_logp_BTK], dim=-1))  # fmt: skip
+                    union_logp_BTU=torch.cat([x[..., :U] for x in both], dim=-1))  # fmt: skip
         if args.objective in logprobs.DIVERGENCES:
             out.put(at, hidden_BTD=trunk[0])
     return out
@@ -228,7 +250,8 @@ def weigh(run, batch, scores, step: int):
     total, kept = run.sum([l_BT.sum(), (l_BT * q_BT).sum()])  # over all processes
     turn = step // args.lgr_alternate % 2 if args.lgr_alternate else None  # 0: no reward, 1: alone
     scores.kl, scores.gamma = float(turn != 1), args.lgr_gamma * (turn != 0)
-    A_BT = torch.where(q_BT > 0, scores.logp_BT - batch.logp_BT, 0.0)  # never 0 times infinity
+    A_BT = scores.logp_BT - batch.logp_BT if scores.advantage_BT is None else scores.advantage_BT
+    A_BT = torch.where(q_BT > 0, A_BT, 0.0)  # never 0 times infinity
     if args.advantage_clip:
         A_BT = A_BT.clamp(-args.advantage_clip, args.advantage_clip)
     if args.lookahead == "on":

@@ -5,6 +5,7 @@ What train.py touches:
     start(argv, FLAGS, METHODS, PRESETS, needs)   checks and loads all, yields a run, saves it
     Needs                                         what the methods read
     ANY, COUNT, POSITIVE, SHARE                   limits of flags
+    train_tokens(args, step)                      longest response of a step
     micro_batches(mask_BT, args)                  rows of similar length: yields (rows, columns)
     CONTROL_STREAM                                of random numbers
 
@@ -15,6 +16,7 @@ and of the run:
     tokenizer, splitter, vocab_size, stop_ids, stop_class, pad_id, decode
     optimizer, scheduler, watch                   watch.lap(phase) charges the time to a phase
     steps(), evaluation_due(step), write(line)    the loop: its numbers, the log, checkpoints
+    position.step                                 training steps done
     prompts_of(step)                              this process's prompts, number of the first row
     sentences(batch)                              of every response, if a mask asks for them
     skip_overflow(generate), overflow             overflow while sampling: no weight changes
@@ -36,6 +38,7 @@ from harness.cli import complain, first_line, number, path_name, write_new_file
 from harness.data import check_fit, download_punkt, from_records, load_problems, pad_id
 from harness.data import render_prompts, stop_ids
 from harness.flags import ANY, COUNT, MACHINE, POSITIVE, SHARE, add_flags, defaults, left_open
+from harness.flags import train_tokens
 from harness.models import check_head, check_sampling, check_supported, check_tokens
 from harness.models import common_vocabulary, load_config, load_model, load_tokenizer
 from harness.pair import StudentLogProbs, check_prompts, open_pair, open_prompts, open_splitter

@@ -6,6 +6,7 @@ is worked out. Whatever is wrong ends with exit code 2 and one line that names t
 
 import argparse
 import os
+import re
 import sys
 
 import torch
@@ -32,6 +33,8 @@ MACHINE = {
         ("--prompts-per-step", 128, COUNT, "over all processes"),
         ("--rollouts-per-prompt", 1, COUNT, "responses to each"),
         ("--max-new-tokens", 8192, (1, BIG), "longest response; on toys half above the right"),
+        ("--train-tokens", None, None, "the same in training steps alone: N, a share such as 0.5, "
+         "or FIRST-LAST of either, moving evenly over the run"),
         ("--stop-class", "on", ["on", "off"], "where several tokens stop, they are one outcome"),
         ("--temperature", 1.0, POSITIVE, "of sampling; the student is scored at the same one"),
     ],
@@ -147,6 +150,25 @@ def left_open(parser, args, origins) -> dict:
     if getattr(args, "out", "") is None:
         found["out"] = f"runs/{args.method}-seed{args.seed}"
     return found
+
+
+def train_tokens(args, step: int) -> int:
+    """The longest response of a training step. ValueError: --train-tokens is not understood.
+
+    >>> args = argparse.Namespace(train_tokens="0.5-96", max_new_tokens=128, steps=5)
+    >>> [train_tokens(args, step) for step in range(5)]
+    [64, 72, 80, 88, 96]
+    """
+    if args.train_tokens is None:
+        return args.max_new_tokens
+    parts = args.train_tokens.split("-")
+    if len(parts) > 2 or not all(re.fullmatch(r"[1-9]\d{0,8}|0?\.\d{1,9}|1\.0", x) for x in parts):
+        raise ValueError(f"--train-tokens {args.train_tokens}: expected 64, 0.5, 16-256 or 0.1-1.0")
+    first, last = (float(x) * (args.max_new_tokens if "." in x else 1) for x in (parts * 2)[:2])
+    if max(first, last) > args.max_new_tokens:
+        what = f"exceeds --max-new-tokens {args.max_new_tokens}"
+        raise ValueError(f"--train-tokens {args.train_tokens} {what}")
+    return max(1, round(first + (last - first) * step / max(args.steps - 1, 1)))
 
 
 def check_processes(parser, args) -> None:

@@ -103,6 +103,11 @@ def quarters(mask_BT: torch.Tensor) -> torch.Tensor:
     return torch.where(mask_BT, 4 * place_BT // length_B1, 4)
 
 
+def _end(which_BT: torch.Tensor) -> torch.Tensor:
+    """Tokens of each row up to the last of these."""
+    return (which_BT * torch.arange(1, which_BT.shape[1] + 1, device=which_BT.device)).amax(dim=1)
+
+
 def batch_sums(batch, scores, args, segments=None) -> dict[str, float]:
     """Numerators and denominators of this process's rows, to be added up over all processes."""
     mask_BT, keep_BT = batch.response_mask_BT, scores.keep_BT > 0
@@ -111,7 +116,9 @@ def batch_sums(batch, scores, args, segments=None) -> dict[str, float]:
     gain_B = none_B if scores.gain_B is None else scores.gain_B
     grams = [repeated_ngrams(ids_T[mask_BT[row]]) for row, ids_T in enumerate(batch.ids_BT)]
     kept_share_B = keep_BT.sum(1) / mask_BT.sum(1)
+    read_B, trained_B = (_end(which_BT) for which_BT in (mask_BT, keep_BT))
     sums = {
+        "scored": read_B.sum(), "trained": args.updates_per_rollout * trained_B.sum(),
         "reverse_kl": ((batch.logp_BT - scores.logp_BT) * mask_BT).sum(),
         "rollouts": len(mask_BT), "tokens": mask_BT.sum(), "kept_tokens": keep_BT.sum(),
         "entropy": batch.entropy_BT.sum(), "truncated": batch.truncated_B.sum(),
@@ -127,8 +134,9 @@ def batch_sums(batch, scores, args, segments=None) -> dict[str, float]:
         sums[f"tokens_{quarter}"] = here_BT.sum()
         sums[f"fidelity_{quarter}"] = scores.max_prob_BT[here_BT].sum()
     if args.lookahead == "on":
-        trigger_BT = scores.trigger_BT & keep_BT  # a control decides after the lookahead
         sampled_BTK = batch.topk_ids_BTK[..., : args.lgr_top_k] == batch.ids_BT[..., None]
+        sums["scored"] += (~sampled_BTK[scores.trigger_BT]).sum()  # the leaves
+        trigger_BT = scores.trigger_BT & keep_BT  # a control decides after the lookahead
         sums["triggered"] = trigger_BT.sum()
         sums["reward"] = scores.reward_BTK[trigger_BT][sampled_BTK[trigger_BT]].sum()
         sums["group_std"] = scores.spread_BT[trigger_BT].sum()
@@ -152,6 +160,8 @@ def log_line(step, loss, norm, skipped, sums, seconds, args) -> dict:
         "repeated_4grams": per("repeated", sums["grams"]),
         "fidelity": [per(f"fidelity_{q}", sums[f"tokens_{q}"]) for q in range(4)],
         "kept": sums["kept_tokens"] / tokens, "kept_tokens": int(sums["kept_tokens"]),
+        "tokens": {"sampled": int(tokens), "scored": int(sums["scored"]),
+                   "trained": int(sums["trained"])},
         "fired": fired / sums["rollouts"], "release_at": per("release_at", fired),
         "bic_gain": per("bic_gain", fired),
         "bic_gain_over_6": sums["bic_gain_over_6"] / sums["rollouts"],

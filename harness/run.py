@@ -116,9 +116,9 @@ class Run:
         self.watch.lap("mask")
         return self.segments
 
-    def generator(self, stream: int, first_row: int = 0) -> torch.Generator:
+    def generator(self, stream: int, first_row=0, numbers_per_row=0) -> torch.Generator:
         """Of the uniform numbers of a stream (steps: their number) from a row on."""
-        return row_generator(self.args.seed, stream, first_row, self.args.max_new_tokens)
+        return row_generator(self.args.seed, stream, first_row, numbers_per_row)
 
     def skip_overflow(self, generate):
         """`generate`; where logits overflow, a token of log-prob NaN, and no weight changes."""
@@ -369,7 +369,7 @@ def open_run(args, origins, needs, interruptions, claim) -> Run:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out, run, resume, error, config = claim.out, None, None, None, None
     try:
-        wanted = needs(args)
+        wanted, _ = needs(args), flags.train_tokens(args, 0)  # the latter may be misspelled
         track.check(args.track)
         if rank == 0:
             claim.take()

@@ -215,7 +215,7 @@ def near(a, b, wide):
     torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
 
 
-mask_names = st.sampled_from(["none", "release", *masks.CONTROLS])
+mask_names = st.sampled_from(["none", "release", *masks.CONTROLS, *masks.RIVALS])
 
 
 def options(*argv):

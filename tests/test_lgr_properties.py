@@ -50,8 +50,9 @@ def groups(draw):
     return confidence_BTK, candidates_BTK.view(B, T, K), ids_BT
 
 
-@prop("lgr.group_reward", "lgr.sampled_reward", examples=150, case=groups(), data=st.data(),
-      eps=st.sampled_from([0.0, 1e-6, 1.0]), normalize=st.sampled_from(["std", "mean"]),
+@prop("lgr.group_reward", "lgr.sampled_reward", "lgr.difference_reward", examples=150,
+      case=groups(), data=st.data(), eps=st.sampled_from([0.0, 1e-6, 1.0]),
+      normalize=st.sampled_from(["std", "mean", "guard"]),
       scale=st.sampled_from([1.0, 1e-30, 1e-200, 1e300]))
 def test_rewards_sum_to_0_in_every_group(case, data, eps, normalize, scale):
     confidence_BTK, candidates_BTK, ids_BT = case
@@ -61,6 +62,10 @@ def test_rewards_sum_to_0_in_every_group(case, data, eps, normalize, scale):
     assert finite(reward_BTK) and not reward_BTK[confidence_BTK.isnan()].any()
     largest_BT = reward_BTK.abs().amax(-1)
     assert bool((reward_BTK.sum(-1).abs() <= 1e-9 * largest_BT).all())
+    before_BT = confidence_BTK.nan_to_num().amin(-1)
+    gain_BTK = lgr.difference_reward(confidence_BTK, before_BT)
+    assert finite(gain_BTK) and gain_BTK.min() >= 0 and gain_BTK.shape == confidence_BTK.shape
+    assert torch.equal(gain_BTK > 0, confidence_BTK > before_BT[..., None])
     order_BTK = confidence_BTK.nan_to_num().argsort(-1)
     assert bool((reward_BTK.gather(-1, order_BTK).diff(dim=-1) >= 0).all()), "the surer the better"
     reward_BT = lgr.sampled_reward(reward_BTK, candidates_BTK, ids_BT)

@@ -24,6 +24,8 @@ import release_rule
 import teachability
 import train
 
+CONSTANTS = {"iw_max", "kat_tokens", "kat_share", "overlap_tokens", "overlap_floor", "tip_share"}
+
 
 @st.composite
 def budgets(draw):
@@ -61,7 +63,8 @@ def test_budgets_are_met_or_refused(x, kind, share, shift):
 
 @prop("masks.none", "masks.release", "masks.std", "masks.prefix", "masks.up_to_the_drop",
       "masks.join", "masks.apply", "masks.parameters", "masks.Mask", examples=60, x=budgets(),
-      seed=seeds, name=st.sampled_from(sorted(masks.MASKS)), tokens=st.integers(0, 9))
+      seed=seeds, name=st.sampled_from(sorted({*masks.MASKS} - {*masks.RIVALS})),
+      tokens=st.integers(0, 9))
 def test_a_mask_is_a_beginning_of_every_response(x, seed, name, tokens):
     g = torch.Generator().manual_seed(seed)
     mask_BT = x["response_mask_BT"]
@@ -83,6 +86,40 @@ def test_a_mask_is_a_beginning_of_every_response(x, seed, name, tokens):
             assert (out.gain_B[row] > 0) == out.released_B[row]
 
 
+@prop("masks.iw", "masks.reopold", "masks.kat", "masks.overlap", "masks.tip", "masks.no_teacher",
+      "masks.highest", "masks.finite", examples=120, x=budgets(), seed=seeds,
+      name=st.sampled_from(masks.RIVALS), progress=st.floats(0, 1),
+      bad=st.sampled_from([0.0, -torch.inf]), share=st.floats(0.01, 1))
+def test_a_rival_weighs_tokens_of_the_response_alone(x, seed, name, progress, bad, share):
+    """Weights are finite, from 0 to 1.5, 0 outside; other rows and the padding change nothing."""
+    g, mask_BT = torch.Generator().manual_seed(seed), x["response_mask_BT"]
+    shape = mask_BT.shape
+    seen = {name: torch.randn(shape, generator=g) for name in ("advantage_BT", "entropy_BT",
+                                                              "logp_BT")}  # fmt: skip
+    seen["entropy_BT"] = seen["entropy_BT"].abs()
+    seen["advantage_BT"][0, 1] += bad
+    ids = (torch.rand(*shape, 6, generator=g).argsort(-1)[..., :3] for _ in "ab")
+    seen |= dict(zip(("candidate_ids_BTK", "teacher_ids_BTK"), ids, strict=True))
+    seen |= {"response_mask_BT": mask_BT, "progress": progress}
+    assert set(masks.parameters(name)) <= {*masks.SEEN, *CONSTANTS}
+    out = masks.apply(name, seen)
+    assert (out.advantage_BT is not None) == (name in masks.OWN_ADVANTAGE)
+    weight_BT = out.keep_BT.float()
+    assert finite(weight_BT) and weight_BT.min() >= 0 and weight_BT.max() <= 1.5
+    assert not weight_BT[~mask_BT].any()
+    for row in range(len(mask_BT)):
+        alone = {k: v[row : row + 1, : x["length_R"][row] + 1] if torch.is_tensor(v) else v
+                 for k, v in seen.items()}  # fmt: skip
+        one_1T = masks.apply(name, alone).keep_BT.float()
+        rest_T = weight_BT[row, one_1T.shape[1] :]
+        torch.testing.assert_close(one_1T[0], weight_BT[row, : one_1T.shape[1]])
+        assert not rest_T.any()
+    chosen_BT = masks.highest(seen["logp_BT"], mask_BT, share)
+    counts_B = (share * x["length_R"]).ceil()
+    assert torch.equal(chosen_BT.sum(1).float(), counts_B)
+    assert finite(masks.finite(seen["advantage_BT"]))
+
+
 def kept_by_the_rule(batch, logp_BTV, args):
     """Tokens of every response that the release rule keeps, from the leaves, row by row."""
     for row, mask_T in enumerate(batch.response_mask_BT):
@@ -98,8 +135,8 @@ def kept_by_the_rule(batch, logp_BTV, args):
 GRADED = ["--union-top-k", 5, "--lgr-top-k", 4, "--min-segments", 1]
 
 
-@prop("train.score", "train.Scores", "train.spends_budget", examples=25, seed=seeds,
-      prompts=prompts_of_ids, mask=mask_names | st.just("release"),
+@prop("train.score", "train.Scores", "train.spends_budget", "train.asks_for", examples=25,
+      seed=seeds, prompts=prompts_of_ids, mask=mask_names | st.just("release"),
       objective=st.sampled_from(["pg", "topk", "rkl"]), rows=st.integers(0, 3), ahead=st.booleans(),
       entropy=st.sampled_from([0.0, 1.0]))
 def test_scores_do_not_depend_on_micro_batches(
@@ -110,7 +147,7 @@ def test_scores_do_not_depend_on_micro_batches(
     flags = [*GRADED, "--mask", mask, "--objective", objective, "--micro-batch", rows,
              "--margin-min-entropy", entropy, "--lookahead", "on" if ahead else "off"]
     args = options(*flags)
-    if mask not in masks.MASKS and args.budget == "own":
+    if mask in masks.OWN_ADVANTAGE and objective != "pg":
         return
     run = bare_run(tiny("qwen3", 1), *flags, vocab_size=VOCABULARY)
     run.teacher, run.vocab_size, run.needs = tiny("qwen3", 2), VOCABULARY, train.needs(args)
@@ -128,7 +165,10 @@ def test_scores_do_not_depend_on_micro_batches(
     for name, value in (("logp_BT", right_BT), ("max_prob_BT", logp_BTV.exp().amax(-1) * mask_BT)):
         for own in (scores, whole):
             torch.testing.assert_close(getattr(own, name).double(), value, rtol=0, atol=1e-3)
-    assert torch.equal(keep_BT, whole.keep_BT) and not (keep_BT & ~mask_BT).any()
+    torch.testing.assert_close(keep_BT, whole.keep_BT, rtol=0, atol=1e-4)
+    assert not keep_BT[~mask_BT].any()
+    assert train.asks_for(args) <= {*masks.SEEN, *vars(args), *CONSTANTS}
+    keep_BT = keep_BT > 0
     kept_B = keep_BT.sum(1)
     fired_B = kept_B < mask_BT.sum(1)
     if mask == "release":

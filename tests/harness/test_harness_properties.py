@@ -247,6 +247,22 @@ def test_the_common_vocabulary_is_the_longest_common_beginning(sizes, wrong):
         assert harness.common_vocabulary(*tokenizers) == min(sizes)
 
 
+@prop("harness.train_tokens", examples=150, text=st.from_regex(r"[0-9.-]{1,6}", fullmatch=True),
+      longest=st.integers(1, 300), steps=st.integers(1, 40))
+def test_a_step_is_at_most_as_long_as_an_evaluation(text, longest, steps):
+    """From 1 to --max-new-tokens, in one direction, or refused with one line that has the text."""
+    args = SimpleNamespace(train_tokens=text, max_new_tokens=longest, steps=steps)
+    try:
+        found = [harness.train_tokens(args, step) for step in range(steps)]
+    except ValueError as error:
+        assert f"--train-tokens {text}" in str(error) and "\n" not in str(error)
+    else:
+        assert 1 <= min(found) and max(found) <= longest and found in (sorted(found),
+                                                                       sorted(found)[::-1])
+    args.train_tokens = None
+    assert harness.train_tokens(args, 0) == longest
+
+
 @prop("harness.first_line", examples=60, text=texts)
 def test_the_first_line_is_one(text):
     line = harness.first_line(ValueError(text))
