@@ -50,6 +50,7 @@ from benchmarks.intervals import mean_and_half, plus_minus  # noqa: E402
 from benchmarks.runs import Cell, build_worlds, cells, run_all, summary  # noqa: E402
 
 CONTROLS = "prefix shuffled random std"
+GAMMAS, EPS, DTYPES = (0.1, 1, 3, 10, 40), (1e-6, 1e-4, 1e-3, 1e-2, 1e-1), ("", " --dtype bfloat16")
 EXPERIMENTS = {
     "methods": (
         "Methods, controls and baselines",
@@ -76,6 +77,19 @@ EXPERIMENTS = {
         + cells("fork", "lgr", "--lgr-normalize mean", "--lgr-normalize mean --lgr-gamma 4")
         + cells("fork", "lgr", "--lgr-eps 0.01")
         + cells("fork", "lgr", "--lgr-signal entropy", "--lgr-signal sampled_prob"),
+    ),
+    "shape": (
+        "Is it the reward's shape that is hacked: group, group without division, difference",
+        cells("fork", "opd")
+        + cells("fork", "lgr", *(f"--lgr-gamma {g}" for g in (1, 3, 10)))
+        + cells("fork", "lgr", *(f"--lgr-normalize mean --lgr-gamma {g}" for g in GAMMAS))
+        + cells("fork", "lgr", *(f"--lgr-shape difference --lgr-gamma {g}" for g in GAMMAS)),
+    ),
+    "eps": (
+        "What decides flat groups: eps and the authors' guard, in float32 and in bfloat16",
+        cells("fork", "opd", "", "--dtype bfloat16")
+        + cells("fork", "lgr", *(f"--lgr-eps {e}{d}" for d in DTYPES for e in EPS))
+        + cells("fork", "lgr", *(f"--lgr-normalize guard{d}" for d in DTYPES)),
     ),
     "release-flags": (
         "Flags of the release rule",

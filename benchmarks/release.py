@@ -211,6 +211,7 @@ def measure_scoring(args, text) -> dict[str, dict[str, float]]:
             )  # fmt: skip
             run = SimpleNamespace(args=flags, teacher=teacher, vocab_size=Words.SIZE,
                                   stop_class=None, needs=train.needs(flags),
+                                  position=SimpleNamespace(step=0),
                                   watch=harness.Stopwatch("cpu"))  # fmt: skip
             start, segments = time.process_time(), None
             if mask == "release":
