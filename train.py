@@ -128,7 +128,8 @@ def needs(args) -> harness.Needs:
     used = {"margin_top_k": {"candidate_logp_BTK", "teacher_ids_BTK"} & asked,
             "lgr_top_k": lookahead, "union_top_k": topk}  # fmt: skip
     candidates = {name: getattr(args, name) for name, is_used in used.items() if is_used}
-    return harness.Needs(candidates, "segments" in asked, [lgr.self_check] * lookahead)
+    checks = [lgr.self_check] * lookahead
+    return harness.Needs(candidates, "segments" in asked, checks, "progress" in asked)
 
 
 @dataclass

@@ -33,6 +33,7 @@ class Needs:
     candidates: dict[str, int] = field(default_factory=dict)  # the student's likeliest, by flag
     sentences: bool = False  # whether responses are split
     teacher_checks: list = field(default_factory=list)  # raise ValueError if it cannot serve
+    progress: bool = False  # whether steps depend on how many there are
 
 
 @dataclass
@@ -258,7 +259,9 @@ class Run:
         """(config, checkpoint or None, torn ones) to go on from, or None; or ValueError."""
         if config is None:
             return None
-        if changed := checkpoint.changed_flags(config, vars(self.args), flags.MAY_CHANGE):
+        fixed = self.needs.progress or "-" in (self.args.train_tokens or "")
+        may_change = [name for name in flags.MAY_CHANGE if name != "steps" or not fixed]
+        if changed := checkpoint.changed_flags(config, vars(self.args), may_change):
             raise ValueError(f"--resume: {out} is a run with other flags: {'; '.join(changed)}")
         if config.get("problems_sha256") != self.fingerprint():
             what = "files or chat template have changed"

@@ -264,3 +264,27 @@ def test_tokens_that_a_step_has_cost(method, monkeypatch):
     else:
         assert line["tokens"]["scored"] == whole
     assert (line["tokens"]["trained"] < 2 * whole) or method != "release"
+
+
+@pytest.mark.parametrize(
+    ("flags", "fixed"),
+    [
+        (["--mask", "reopold"], True), (["--train-tokens", "5-9"], True),
+        (["--mask", "iw"], False), (["--train-tokens", "5"], False),
+    ],
+)  # fmt: skip
+def test_what_moves_over_a_run_ties_it_to_its_steps(flags, fixed, tmp_path):
+    """Else a resumed run would not be the one that was interrupted."""
+
+    def resumed(steps):
+        return make_run("--toy", "varied", "--difficulty", "2", "--prompts-per-step", "2",
+                        "--steps", steps, *flags)  # fmt: skip
+
+    run = resumed("4")
+    config = {"flags": vars(run.args), "problems_sha256": run.fingerprint()}
+    assert run.find_resume(tmp_path, config)[0] is config
+    if fixed:
+        with pytest.raises(ValueError, match="other flags: --steps 4, now 6"):
+            resumed("6").find_resume(tmp_path, config)
+    else:
+        assert resumed("6").find_resume(tmp_path, config)[0] is config
