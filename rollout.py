@@ -1,22 +1,19 @@
 """Hand-written KV-cached sampling for on-policy distillation.
 
-The student is trained on its own samples, so this file decides what the loss is an expectation
-over.  It samples from exactly the distribution that is scored: temperature only, no top-p, no top-k
-cut, nothing read from a model's `generation_config`.  What the two methods need of the student is
-read off the logits that sampling has in hand: log-prob of the sampled token, entropy (trigger of
-LGR, arXiv 2605.30833) and top-K ids (candidates of the release rule, arXiv 2605.13643, and of LGR).
+Samples come from exactly the distribution that is scored: temperature only, no top-p, no top-k cut,
+nothing read from a model's `generation_config`.  Off the same logits are read: log-prob of the
+sampled token, entropy (trigger of LGR, arXiv 2605.30833) and top-K ids (candidates of the release
+rule, arXiv 2605.13643, and of LGR).
 
   slots    The KV cache is `batch_size` slots of `longest prompt + max_new_tokens` columns.  Token t
            of a row stands in column t and has position id t.  No left padding.
   prefill  All prompt tokens but the last go through the backbone under a causal mask.  The padding
            of a short prompt is overwritten by decoding before anything attends to it.
   decode   One token per live row: write its key and value, attend to the columns up to it.
-  retire   A row that ends leaves at once: the last live slot is copied over it.  So the live rows
-           fill the first slots of the cache, and a step costs what its live rows cost.
+  retire   A row that ends leaves at once; the last live slot takes its place: only live rows cost.
   refill   When a quarter of the slots is free and prompts are left, new ones are prefilled.
   draws    Step n of row b uses uniform number [b, n], drawn beforehand.  So a sample depends on the
-           seed and its row, not on `batch_size`, its neighbours or the order of refilling (up to
-           floating-point noise of batched matrix products).
+           seed and its row, not on `batch_size` or its neighbours (up to floating-point noise).
 
 Letters: B rows (in the order of the prompts), T tokens (prompt + response), N new tokens, K
 candidates, V vocabulary, S live slots, Q prefill columns, L attended columns, E stop ids.
@@ -26,7 +23,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 
 @dataclass
@@ -41,12 +37,12 @@ class Rollout:
     truncated_B: torch.Tensor  # bool, true where `max_new_tokens` ended the row, not a stop token
 
 
-def sample_token(logits_SV, temperature: float, uniform_S, top_k: int, stop_class=None):
+def sample_token(logits_SV, temperature, uniform_S, top_k, stop_class=None, entropy_top_k=0):
     """Draw one token per row and read its statistics off the same logits.
 
     The token is the first whose cumulative probability exceeds the row's uniform number, a float64
     in [0, 1).  Temperature 0 takes the most probable token, with the statistics of temperature 1.
-    Returns token_S, logp_S (nats), entropy_S (nats), topk_ids_SK. stop_class: see `generate`.
+    Returns token_S, logp_S (nats), entropy_S (nats), topk_ids_SK. The last two: see `generate`.
 
     >>> logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25]]))
     >>> uniform = torch.tensor([0.49, 0.51], dtype=torch.float64)
@@ -67,8 +63,12 @@ def sample_token(logits_SV, temperature: float, uniform_S, top_k: int, stop_clas
         target_S1 = uniform_S[:, None] * cdf_SV[:, -1:]
         token_S = torch.searchsorted(cdf_SV, target_S1, right=True)[:, 0]
         token_S = token_S.clamp(max=logp_SV.shape[1] - 1)  # beyond it only if logits are NaN
-    entropy_S1 = torch.special.entr(prob_SV).sum(dim=-1, keepdim=True) / total_S1 + total_S1.log()
     logp_S1 = logp_SV.gather(1, token_S[:, None]) - total_S1.log()
+    if entropy_top_k:  # of these alone; a sampled token from outside takes the last one's place
+        sampled_S1, prob_SV = prob_SV.gather(1, token_S[:, None]), prob_SV.topk(entropy_top_k)[0]
+        prob_SV[:, -1:].clamp_(max=sampled_S1)
+        total_S1 = prob_SV.sum(dim=-1, keepdim=True)
+    entropy_S1 = torch.special.entr(prob_SV).sum(dim=-1, keepdim=True) / total_S1 + total_S1.log()
     return token_S, logp_S1[:, 0], entropy_S1[:, 0], logp_SV.topk(top_k, dim=-1).indices
 
 
@@ -148,7 +148,7 @@ def decode_step(model, cache: SlotCache, token_S, column_S, width: int):
 def generate(
     model, prompts, *, max_new_tokens: int, eos_ids, pad_id: int, temperature: float = 1.0,
     top_k: int = 8, batch_size: int | None = None, generator: torch.Generator | None = None,
-    vocab_size: int | None = None, decode=None, progress=None, stop_class=None,
+    vocab_size: int | None = None, decode=None, progress=None, stop_class=None, entropy_top_k=0,
 ) -> Rollout:  # fmt: skip
     """Sample one response per prompt, in eval mode; rows come back in the order of the prompts.
 
@@ -164,6 +164,7 @@ def generate(
     vocab_size      sample only ids below this (checkpoints pad their heads); default all
     decode          decode(model, cache, step) returns a faster `decode_step` (fast/decode.py)
     stop_class      function of the logits that makes one outcome of `eos_ids` (logprobs.StopClass)
+    entropy_top_k   entropy over so many of the likeliest tokens alone, the sampled one among them
     progress        called after every step: progress(tokens drawn, responses that ended with them)
     ValueError: an empty prompt, a number out of range, logits that are not finite, an unused cache.
     """
@@ -171,18 +172,19 @@ def generate(
     if 0 in lengths:
         raise ValueError(f"prompts[{lengths.index(0)}] is empty")
     if max_new_tokens < 1 or not temperature >= 0 or min(batch_size or 1, vocab_size or 1) < 1:
-        numbers = f"{max_new_tokens=}, {temperature=}, {batch_size=}, {vocab_size=}"
-        raise ValueError(f"one of {numbers} is out of range")
+        what = f"{max_new_tokens=}, {temperature=}, {batch_size=} or {vocab_size=}"
+        raise ValueError(f"{what} is out of range")
     B, longest, device = len(prompts), max(lengths), model.device
     padded = [[*prompt] + [pad_id] * (longest - len(prompt)) for prompt in prompts]
-    ids_BT = F.pad(torch.tensor(padded, device=device), (0, max_new_tokens), value=pad_id)
+    prompt_BT = torch.tensor(padded, device=device)
+    ids_BT = torch.nn.functional.pad(prompt_BT, (0, max_new_tokens), value=pad_id)
     how = {"dtype": torch.float64, "device": getattr(generator, "device", "cpu")}
     uniform_BN = torch.rand(B, max_new_tokens if temperature else 0, generator=generator, **how)
     uniform_BN, eos_E = uniform_BN.to(device), torch.tensor(sorted(set(eos_ids)), device=device)
 
     def draw(logits_SV, row_S, n_S):
-        how = temperature, uniform_BN[row_S, n_S] if temperature else None, top_k, stop_class
-        token_S, *rest = sample_token(logits_SV[:, :vocab_size], *how)
+        how = uniform_BN[row_S, n_S] if temperature else None, top_k, stop_class, entropy_top_k
+        token_S, *rest = sample_token(logits_SV[:, :vocab_size], temperature, *how)
         stopped_S = torch.isin(token_S, eos_E)
         done_S = stopped_S | (n_S + 1 == max_new_tokens)
         if progress:
@@ -203,10 +205,9 @@ def generate(
 def _sample(ids_BT, lengths, model, cache: SlotCache, step, draw, top_k: int) -> Rollout:
     """The loop: refill, decode, draw, record, retire.  `lengths`: those of the prompts."""
     B, shape, device = len(lengths), ids_BT.shape, ids_BT.device
-    zeros = partial(torch.zeros, device=device)
-    mask_BT, truncated_B = zeros(shape, dtype=torch.bool), zeros(B, dtype=torch.bool)
-    logp_BT, entropy_BT = zeros(shape), zeros(shape)
-    topk_ids_BTK = zeros(*shape, top_k, dtype=torch.int64)
+    mask_BT, logp_BT = torch.zeros_like(ids_BT, dtype=torch.bool), torch.zeros(shape, device=device)
+    entropy_BT, truncated_B = logp_BT.clone(), mask_BT.any(dim=1)
+    topk_ids_BTK = ids_BT.new_zeros(*shape, top_k)
     length_B = torch.tensor(lengths, device=device)
     row_S = column_S = length_B[:0]  # of every live slot: its row, the column of the token to feed
     admitted = width = 0  # rows so far; columns in use, that of the token to feed included
@@ -220,7 +221,6 @@ def _sample(ids_BT, lengths, model, cache: SlotCache, step, draw, top_k: int) ->
             row_S = torch.cat([row_S, new_S])
             column_S = torch.cat([column_S, length_B[new_S] - 1])
             admitted, width = admitted + len(new_S), max(width, longest)
-
         logits_SV = step(ids_BT[row_S, column_S], column_S, width)
         column_S, width = column_S + 1, width + 1  # from here on those of the token that is drawn
         n_S, at = column_S - length_B[row_S], (row_S, column_S)

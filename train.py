@@ -52,7 +52,7 @@ PRESETS = {
     "lgr-paper": {"method": "lgr", "max_new_tokens": 9216},
     "lgr-script": {  # what the authors' released script runs: see docs/decisions.md
         "method": "lgr_topk", "max_new_tokens": 9216, "lgr_normalize": "mean",
-        "loss_mean": "response", "lgr_alternate": 2,
+        "loss_mean": "response", "lgr_alternate": 2, "lgr_entropy_top_k": 20,
     },
 }  # fmt: skip
 # Title: flag, default, limits or choices, help with the unit. The machine's: harness/flags.py.
@@ -77,6 +77,7 @@ FLAGS = {
     "lookahead": [
         ("--lgr-gamma", 1.0, ANY, "weight of the group reward"),
         ("--lgr-tau", 0.2, ANY, "look ahead above this student entropy, nats"),
+        ("--lgr-entropy-top-k", 0, ANY, "that of so many of the likeliest tokens alone; 0: of all"),
         ("--lgr-top-k", 8, (2, 10**6), "student candidates in a group"),
         ("--lgr-signal", "max_prob", [*lgr.SIGNALS], "the teacher's confidence"),
         ("--lgr-shape", "group", ["group", "difference"], "confidence against the group or before"),
@@ -126,7 +127,8 @@ def needs(args) -> harness.Needs:
         raise ValueError("--lgr-shape difference needs --lgr-signal max_prob")
     asked = asks_for(args)
     used = {"margin_top_k": {"candidate_logp_BTK", "teacher_ids_BTK"} & asked,
-            "lgr_top_k": lookahead, "union_top_k": topk}  # fmt: skip
+            "lgr_top_k": lookahead, "union_top_k": topk,
+            "lgr_entropy_top_k": args.lgr_entropy_top_k}  # fmt: skip
     candidates = {name: getattr(args, name) for name, is_used in used.items() if is_used}
     checks = [lgr.self_check] * lookahead
     return harness.Needs(candidates, "segments" in asked, checks, "progress" in asked)
@@ -175,7 +177,7 @@ def sample(run, step: int):
             eos_ids=run.stop_ids, pad_id=run.pad_id, vocab_size=run.vocab_size, decode=run.decode,
             top_k=max(run.needs.candidates.values(), default=1), batch_size=args.sample_batch,
             generator=run.generator(step, first_row, limit), progress=moved,
-            stop_class=run.stop_class,
+            stop_class=run.stop_class, entropy_top_k=args.lgr_entropy_top_k,
         )  # fmt: skip
     run.watch.lap("sample")
     return batch, first_row

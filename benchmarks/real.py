@@ -2,6 +2,8 @@ r"""The methods on real language: the pair of `examples/smollm2/prepare.py`, tra
 
     python benchmarks/real.py                     every method, three seeds: five hours on 2 cores
     python benchmarks/real.py --quick             two methods, one seed, two steps: minutes
+    python benchmarks/real.py --methods opd iw "opd --train-tokens 64 --steps 45" --out FOLDER
+                                                  methods of your choice, with flags of train.py
     python benchmarks/real.py --human FILE        also the perplexity of solutions by people: JSONL
                                                   with "question" and "answer", as GSM8K has them
     python benchmarks/real.py --pair FOLDER       another prepared pair
@@ -29,6 +31,7 @@ The last line printed is JSON.
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -52,21 +55,23 @@ def command(args, method: str, seed: int, out: Path) -> list[str]:
     """The command line of one run."""
     pair = args.pair
     flags = {
-        "method": method, "seed": seed, "student": pair / "student", "teacher": pair / "teacher",
+        "method": method.split()[0], "seed": seed,
+        "student": pair / "student", "teacher": pair / "teacher",
         "problems": pair / "train.jsonl", "eval-problems": pair / "heldout.jsonl", "out": out,
         "steps": args.steps, "prompts-per-step": args.prompts_per_step, "lr": args.lr,
         "max-new-tokens": args.max_new_tokens, "eval-count": 1, "eval-samples": 1,
         "checkpoint-every": args.checkpoint_every, "threads": 1,
     }  # fmt: skip
     words = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
-    return [sys.executable, str(ROOT / "train.py"), "--resume", *words]
+    return [sys.executable, str(ROOT / "train.py"), "--resume", *words, *method.split()[1:]]
 
 
 def train_all(args, todo: list[tuple[str, int, Path]]) -> None:
     """Run what is not finished, --jobs at a time; the bar moves with every step of any run."""
     waiting = [(command(args, *run), run[2]) for run in todo if not (run[2] / "student").exists()]
     started, running = {out: steps_of(out) for _, out in waiting}, {}
-    bar = tqdm(total=args.steps * len(waiting), initial=sum(started.values()), unit="step")
+    wanted = sum(int(words[-words[::-1].index("--steps")]) for words, _ in waiting)
+    bar = tqdm(total=wanted, initial=sum(started.values()), unit="step")
     while waiting or running:
         while waiting and len(running) < args.jobs:
             words, out = waiting.pop(0)
@@ -149,7 +154,7 @@ def report(args, measured: dict, logs: dict) -> tuple[dict, str]:
     """(figures, Markdown). measured: {name: a list of what `Ruler.measure` found, per seed}."""
     names = [*measured["student"][0]]
     figures = {who: {n: estimate(runs, n) for n in names} for who, runs in measured.items()}
-    methods = [m for m in METHODS if m in measured]
+    methods = [m for m in args.methods if m in measured]
     for method in methods:
         for other in ("student", "opd"):
             if other in measured and other != method:
@@ -211,7 +216,7 @@ def draw(figures: dict, out: Path) -> None:
     with style.applied():
         import matplotlib.pyplot as plt
 
-        names = [m for m in ("student", *METHODS) if m in figures]
+        names = [m for m in figures if m != "teacher"]
         panels = [("reverse_kl", "reverse KL, nats per token"), ("accuracy", "accuracy on sums"),
                   ("fired", "responses that the rule stops")]  # fmt: skip
         size = {"figsize": (9, 0.34 * len(names) + 1.3), "layout": "constrained"}
@@ -238,7 +243,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--quick", action="store_true", help="opd and release, one seed, two steps")
     add("--pair", type=Path, default=ROOT / "runs" / "smollm2", metavar="FOLDER")
     add("--human", type=Path, metavar="FILE", help="JSONL of solutions by people")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS)
+    add("--methods", nargs="+", default=METHODS, metavar="METHOD")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--steps", type=int, default=30)
     add("--prompts-per-step", type=int, default=8)
@@ -260,7 +265,7 @@ def parse(argv=None) -> argparse.Namespace:
     settings = f"{args.steps}x{args.prompts_per_step}x{args.max_new_tokens}-lr{args.lr:g}"
     args.runs = args.runs / settings
     args.out = args.out or (args.runs if args.quick else ROOT / "results")
-    args.said = " ".join(["python benchmarks/real.py", *(argv or sys.argv[1:])])
+    args.said = "python benchmarks/real.py " + shlex.join(argv or sys.argv[1:])
     args.where = machine.describe("cpu", 1, f"{args.jobs} runs at a time")
     return args
 
@@ -293,7 +298,8 @@ def main(argv=None) -> None:
     """Run what is missing, measure, then write the results."""
     args = parse(argv)
     machine.quiet()
-    todo = [(m, s, args.runs / f"{m}-seed{s}") for s in args.seeds for m in args.methods]
+    todo = [(m, s, args.runs / f"{m.replace(' --', '-').replace(' ', '-')}-seed{s}")
+            for s in args.seeds for m in args.methods]  # fmt: skip
     train_all(args, todo)
     measured, logs = measure_all(args, todo), {}
     for method, _, out in todo:

@@ -20,8 +20,12 @@ def logits_after(model, ids, vocab_size):
     return model(torch.tensor([ids])).logits[0, -1, :vocab_size].double()
 
 
-def entropy_of(logp_V):
-    return -(logp_V.exp() * logp_V).sum().item()
+def entropy_of_20(logp_V, sampled):
+    """Of the top 20, renormalised; a sampled token from outside is in the place of the 20th."""
+    ids = logp_V.topk(20).indices.tolist()
+    ids = ids if sampled in ids else [*ids[:19], sampled]
+    logp_20 = logp_V[ids].log_softmax(-1)
+    return -(logp_20.exp() * logp_20).sum().item()
 
 
 def loss_by_hand(run, batch, kl, gamma, normalize):
@@ -36,7 +40,7 @@ def loss_by_hand(run, batch, kl, gamma, normalize):
             mine = student_V.topk(20).indices.tolist()
             union = [*mine, *(i for i in teacher_V.topk(20).indices.tolist() if i not in mine)]
             rewards = dict.fromkeys(union, 0.0)
-            if entropy_of(student_V.detach()) > 0.2:
+            if entropy_of_20(student_V.detach(), ids[t]) > 0.2:
                 with torch.no_grad():
                     after = [logits_after(run.teacher, [*ids[:t], c], V).softmax(-1).max().item()
                              for c in mine[:8]]  # fmt: skip
@@ -69,6 +73,7 @@ def test_the_script_equals_its_description(step, kl, gamma, normalize):
     run = make_run("--preset", "lgr-script", *SIZE, "--lgr-normalize", normalize)
     assert (run.args.loss_mean, run.args.lgr_alternate, run.args.lgr_gamma) == ("response", 2, 1)
     assert (run.args.lgr_top_k, run.args.union_top_k, run.args.lgr_tau) == (8, 20, 0.2)
+    assert run.args.lgr_entropy_top_k == 20
     batch = sample(run)
     scores = score(run, batch)
     _, w_BT = train.weigh(run, batch, scores, step)

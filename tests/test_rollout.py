@@ -323,6 +323,25 @@ def test_statistics_of_a_draw_from_262144_tokens(temperature, dtype):
     assert (logp - right.gather(1, token[:, None])[:, 0]).abs().max() < 3e-5
 
 
+def test_entropy_of_the_likeliest_tokens_and_the_sampled_one():
+    """The authors' set (docs/decisions.md, 18): the sampled token is in it, whatever its rank."""
+    logits_V, outside = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 2, set()
+    for uniform in (0.1, 0.3, 0.5, 0.7, 0.9):
+        how = logits_V[None], 1.0, torch.tensor([uniform], dtype=torch.float64), 3
+        token_S, logp_S, entropy_S, topk_SK = rollout.sample_token(*how, entropy_top_k=5)
+        ids = logits_V.topk(5).indices.tolist()
+        outside.add(token_S.item() not in ids)
+        if token_S.item() not in ids:
+            ids[-1] = token_S.item()
+        weights = [math.exp(x) for x in logits_V[ids].tolist()]
+        shares = [x / sum(weights) for x in weights]
+        by_hand = -sum(x * math.log(x) for x in shares)
+        assert math.isclose(entropy_S.item(), by_hand, rel_tol=1e-5)
+        plain = rollout.sample_token(*how)
+        assert (token_S, logp_S, topk_SK.tolist()) == (*plain[:2], plain[3].tolist())
+    assert outside == {True, False}
+
+
 @pytest.mark.parametrize("ends", ["well", "with an error", "with an interrupt"])
 def test_training_mode_is_restored_and_dropout_does_not_act(ends):
     """Also after an error; and gradient checkpointing, on in training mode, does not act either."""

@@ -11,8 +11,10 @@ from inputs import byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import answers
+import train
 from benchmarks import real
 from examples.smollm2 import prepare
+from harness import flags
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -104,6 +106,14 @@ def quick(pair, tmp_path_factory):
         real.main([str(x) for x in flags])  # nothing is left to do
     (out,) = runs.iterdir()
     return out, pair
+
+
+def test_a_method_brings_flags_that_override(pair):
+    args = real.parse(["--pair", str(pair), "--steps", "30"])
+    words = real.command(args, "opd --train-tokens 64 --steps 45", 1, pair / "new")[2:]
+    _, found, _ = flags.parse("train.py", train.FLAGS, train.METHODS, train.PRESETS, words)
+    assert (found.method, found.train_tokens, found.steps, found.seed) == ("opd", "64", 45, 1)
+    assert found.max_new_tokens == args.max_new_tokens == 96
 
 
 def test_quick_measures_before_and_after_and_says_so(quick):
