@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from harness.cli import check_creatable, open_regular, read_json
+from harness.shard import DTensor, spread_like, whole
 
 try:
     import fcntl
@@ -272,36 +273,43 @@ def read(path: Path) -> Checkpoint:
 
 def capture(model, optimizer, scheduler=None) -> tuple[dict, dict]:
     """The (groups, facts) of a model, a torch optimizer and a scheduler, for `write`."""
-    groups = {"student": _distinct(model.state_dict()), "optimizer": {}}
+    groups = {"student": {}, "optimizer": {}}
+    for name, tensor in _distinct(model).items():
+        groups["student"][name] = whole(tensor).contiguous()
     for number, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
-            groups["optimizer"][f"{number}.{name}"] = torch.as_tensor(value).contiguous()
+            groups["optimizer"][f"{number}.{name}"] = whole(torch.as_tensor(value)).contiguous()
+    return groups, _facts(optimizer, scheduler)
+
+
+def _facts(optimizer, scheduler) -> dict:
     plain, groups_of = (int, float, tuple, type(None)), optimizer.param_groups
     facts = {"options": [{k: v for k, v in g.items() if isinstance(v, plain)} for g in groups_of]}
     if scheduler is not None:
         facts["scheduler"] = scheduler.state_dict()
-    return groups, facts
+    return facts
 
 
 def restore(checkpoint: Checkpoint, model, optimizer, scheduler=None) -> None:
     """Put back what `capture` took, into objects that were built as those were; or ValueError."""
-    own, saved = model.state_dict(), checkpoint.groups["student"]
-    wanted = {name: tensor.shape for name, tensor in _distinct(own).items()}
+    own, saved = _distinct(model), checkpoint.groups["student"]
+    wanted = {name: tensor.shape for name, tensor in own.items()}
     if wanted != {name: tensor.shape for name, tensor in saved.items()}:
         odd = sorted(wanted.keys() ^ saved.keys()) or ["a shape"]
         raise ValueError(f"the checkpoint is of another student: {odd[0]}")
-    facts = json.loads(json.dumps(capture(model, optimizer, scheduler)[1]))
+    facts = json.loads(json.dumps(_facts(optimizer, scheduler)))
     if _kinds({name: checkpoint.facts.get(name) for name in facts}) != _kinds(facts):
         raise ValueError("facts.json: of another optimizer or schedule")
     with torch.no_grad():
         for name, tensor in saved.items():
-            own[name].copy_(tensor)
-    states, shapes = {}, [p.shape for group in optimizer.param_groups for p in group["params"]]
+            own[name].copy_(spread_like(tensor, own[name]))
+    states, own = {}, [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in checkpoint.groups["optimizer"].items():
         number, key = name.split(".", 1)
-        states.setdefault(int(number), {})[key] = value
-        if value.shape != (() if key == "step" else shapes[int(number)]):
+        if value.shape != (() if key == "step" else own[int(number)].shape):
             raise ValueError(f"optimizer.safetensors: {name} has another shape")
+        value = value if key == "step" else spread_like(value, own[int(number)])
+        states.setdefault(int(number), {})[key] = value
     structure = optimizer.state_dict()
     for group, options in zip(structure["param_groups"], checkpoint.facts["options"], strict=True):
         group |= {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
@@ -331,12 +339,13 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
-def _distinct(tensors: dict) -> dict:
-    """Of tied weights the first name only; safetensors stores no tensor twice."""
-    first = {}
+def _distinct(model) -> dict:
+    """Its state; of tied weights the first name only: safetensors stores no tensor twice."""
+    first, tensors = {}, model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
-        first.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else name, name)
-    return {name: tensors[name].detach().contiguous() for name in first.values()}
+        place = id(tensor) if isinstance(tensor, DTensor) else tensor.data_ptr()
+        first.setdefault((place, tensor.shape) if tensor.numel() else name, name)
+    return {name: tensors[name].detach() for name in first.values()}
 
 
 def _kinds(value):

@@ -16,6 +16,7 @@ from harness.cli import BIG, MANY, MOST_THREADS, TINY, Parser, complain, number,
 
 ANY, COUNT, POSITIVE = (0, BIG), (1, MANY), (TINY, BIG)  # limits: [lowest, highest]
 SHARE = (1e-6, 1 - 1e-6)
+SHARD = ("none", "teacher", "both")
 DTYPES = ["float32", "bfloat16"]
 MACHINE = {
     "run": [
@@ -24,6 +25,7 @@ MACHINE = {
         ("--seed", 0, (0, 2**31), "of data order and sampling"),
         ("--resume", False, None, "go on from the last checkpoint in --out, or begin there"),
         ("--checkpoint-every", 25, ANY, "steps between checkpoints; 0: only where a run ends"),
+        ("--plan", 0.0, ANY, "print the memory that it takes on GPUs of so many GiB, and leave"),
         ("--max-skipped-steps", 5, COUNT, "that are not finite, in a row, which end the run"),
         ("--timeout", 1800, COUNT, "seconds that a process waits for another"),
         ("--track", None, ["tensorboard", "wandb"], "send the lines of the log there, too"),
@@ -70,14 +72,15 @@ MACHINE = {
         ("--micro-batch", 0, ANY, "most rows per forward pass; 0: any number"),
         ("--tokens-per-micro-batch", 32768, ANY, "most tokens per pass, padding included; 0: any"),
         ("--fast", "on", ["on", "off"], "faster versions of the same computations (fast/)"),
+        ("--shard", "none", [*SHARD], "spread models over the processes: see harness/shard.py"),
         ("--device", None, ["cpu", "cuda"], "(cuda where there is one)"),
         ("--dtype", None, DTYPES, "of matrix products (bfloat16 on cuda, else float32)"),
         ("--save-dtype", "bfloat16", DTYPES, "of the saved student"),
         ("--threads", 0, (0, MOST_THREADS), "CPU threads per process; 0: PyTorch's choice"),
     ],
 }  # fmt: skip
-# What a resumed run may change: but for where it ends, no line and no weight depends on these.
-MAY_CHANGE = "out resume preset steps checkpoint_every max_skipped_steps timeout track".split()
+# What a resumed run may change: but for where it ends, and rounding, nothing depends on these.
+MAY_CHANGE = "out plan preset resume shard steps checkpoint_every max_skipped_steps timeout track"
 
 
 def add_flags(group, rows) -> None:

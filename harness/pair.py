@@ -1,6 +1,8 @@
 """A student, a teacher and their prompts: everything that can fail without the weights, then the
 weights, the optimizer and its schedule."""
 
+import functools
+
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -14,6 +16,7 @@ from harness.data import check_fit, download_punkt, from_records, load_problems
 from harness.data import render_prompts, stop_ids
 from harness.models import check_head, check_sampling, check_supported, check_tokens
 from harness.models import common_vocabulary, load_config, load_model, load_tokenizer
+from harness.shard import Shards
 
 
 def student_and_teacher(args) -> dict[str, str]:
@@ -111,15 +114,19 @@ def open_splitter(kind: str) -> tuple[object, str]:
 def load_models(run, device) -> None:
     """Put into `run`: the student in float32, which AdamW needs, teacher, optimizer, schedule."""
     args, prompts = run.args, sum(run.prompts.values(), [])
+    run.shards = Shards(args.shard, device, args.dtype)
     for flag, path in student_and_teacher(args).items():
         is_student = flag == "--student"
         dtype = torch.float32 if is_student else getattr(torch, args.dtype)
         how = {"trust_remote_code": args.trust_remote_code, "allow_bin": args.allow_bin}
-        model = load_model(path, dtype=dtype, device=device, **how)
+        load = functools.partial(load_model, path, dtype=dtype, **how)
+        model = run.shards.load(flag, lambda device, load=load: load(device=device))
         check_head(flag, model, prompts[0][:8])
         if is_student:
             check_sampling(path, model, prompts, args.max_new_tokens)
-            run.model = model.train()  # dropout is 0; checkpointing works in training mode only
+            run.model = model
+            run.trained = run.shards.trained or model
+            run.trained.train()  # dropout is 0; checkpointing works in training mode only
         else:
             run.teacher = model.requires_grad_(False)
             for check in run.needs.teacher_checks:
@@ -129,10 +136,13 @@ def load_models(run, device) -> None:
     shared = [i for i in run.stop_ids if i < run.vocab_size and args.stop_class == "on"]
     run.stop_class = logprobs.StopClass(shared) if len(shared) > 1 else None
     if args.gradient_checkpointing:
-        run.model.gradient_checkpointing_enable({"use_reentrant": False})
+        names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # new and old
+        name = next(name for name in names if hasattr(run.trained, name))
+        getattr(run.trained, name)({"use_reentrant": False})
     run.decode = fast.decode.decode if args.fast == "on" else None
     head_VE = run.teacher.get_output_embeddings().weight
-    run.student = StudentLogProbs(run.model, args, run.vocab_size, head_VE, run.stop_class)
+    run.student = StudentLogProbs(run.trained, args, run.vocab_size, head_VE, run.stop_class)
+    run.shards.finish(run.student)
     parameters = [p for p in run.student.parameters() if p.requires_grad]
     matrices, rest = ([p for p in parameters if (p.dim() >= 2) == is_2d] for is_2d in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay},

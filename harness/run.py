@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import teachability
-from harness import checkpoint, flags, log, pair, signals, track
+from harness import checkpoint, flags, log, pair, plan, signals, track
 from harness.cli import first_line, tell
 from harness.data import pad_id
 from harness.processes import Stopwatch, batch_order, gather_objects, my_share, row_generator
@@ -141,10 +141,12 @@ class Run:
 
     def sum(self, values) -> list[float]:
         """Element-wise sum over all processes."""
+        self.shards.settle()
         return sum_over_ranks(values, self.model.device)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows of all processes, in their order; on the CPU."""
+        self.shards.settle()
         return torch.cat(gather_objects(rows.cpu()))
 
     def autocast(self):
@@ -153,6 +155,8 @@ class Run:
         return torch.autocast(self.args.device, torch.bfloat16, enabled=wanted)
 
     def gradients(self, last: bool):
+        if self.shards.kind == "both":
+            return self.shards.gradients(last)
         return contextlib.nullcontext() if last or self.world == 1 else self.student.no_sync()
 
     def steps(self):
@@ -166,6 +170,7 @@ class Run:
             for step in range(position.step, args.steps + 1):
                 self.watch.restart()
                 self.optimizer.zero_grad()  # 4 bytes per parameter, while responses are sampled
+                self.shards.refresh()
                 yield step
         hook.remove()
 
@@ -260,7 +265,7 @@ class Run:
         if config is None:
             return None
         fixed = self.needs.progress or "-" in (self.args.train_tokens or "")
-        may_change = [name for name in flags.MAY_CHANGE if name != "steps" or not fixed]
+        may_change = [name for name in flags.MAY_CHANGE.split() if name != "steps" or not fixed]
         if changed := checkpoint.changed_flags(config, vars(self.args), may_change):
             raise ValueError(f"--resume: {out} is a run with other flags: {'; '.join(changed)}")
         if config.get("problems_sha256") != self.fingerprint():
@@ -277,7 +282,7 @@ class Run:
         self.position = Position.of(path)
         try:
             found = checkpoint.read(path)
-            checkpoint.restore(found, self.model, self.optimizer, self.scheduler)
+            checkpoint.restore(found, self.trained, self.optimizer, self.scheduler)
             if self.rank < len(self.position.random):
                 checkpoint.set_random_state(self.position.random[self.rank])
         except Exception as error:  # whatever the libraries make of it
@@ -307,20 +312,22 @@ class Run:
         tell("train.py", f"resuming {where}")
 
     def write_checkpoint(self) -> None:
+        if self.rank == 0 or self.shards.kind == "both":  # that one is gathered by all
+            groups, facts = checkpoint.capture(self.trained, self.optimizer, self.scheduler)
         if self.rank == 0:
             self.log.flush()
-            groups, facts = checkpoint.capture(self.model, self.optimizer, self.scheduler)
             facts["position"] = dataclasses.asdict(self.position)
             checkpoint.write(Path(self.args.out), self.position.step, groups, facts)
 
     def finish(self) -> None:
         """Save the student in Hugging Face format and say what came of the run."""
         self.signals.hold()
-        out = Path(self.args.out)
+        out, model = Path(self.args.out), self.model.to(getattr(torch, self.args.save_dtype))
+        self.shards.refresh()  # in that type
 
         def fill(folder: Path) -> None:
-            self.model.generation_config.eos_token_id = self.stop_ids  # it stops as it was trained
-            self.model.to(getattr(torch, self.args.save_dtype)).save_pretrained(folder)
+            model.generation_config.eos_token_id = self.stop_ids  # it stops as it was trained
+            model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
         if self.rank == 0:
@@ -339,6 +346,12 @@ def start(argv, tables, methods, presets, needs):
     transformers.logging.disable_progress_bar()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.plan:
+        try:
+            plan.show(Run(args, origins, needs(args), rank=0, world=1))
+        except ValueError as error:
+            parser.error(str(error))
+        sys.exit(0)
     code, begun, run, claim = 0, None, None, checkpoint.Claim(args.out)
     with signals.Interruptions() as interruptions, contextlib.closing(claim):
         try:
@@ -394,9 +407,10 @@ def open_run(args, origins, needs, interruptions, claim) -> Run:
     raise_on_all_ranks(lambda: run.begin_folder(claim, resume) if rank == 0 else None)
     if rank == 0:  # bad input is one line, so not before
         flags.say("train.py", args, origins)
-    if world > 1:
+    if world > 1 and run.shards.kind != "both":
         devices = [device.index] if device.type == "cuda" else None
-        run.student = DistributedDataParallel(run.student, device_ids=devices)
+        how = {"device_ids": devices, "gradient_as_bucket_view": True}  # not two gradients
+        run.student = DistributedDataParallel(run.student, **how)
     return run
 
 
@@ -410,7 +424,8 @@ def written_down(run: Run):
     try:
         yield
     except BaseException:
-        if not run.signals.held:  # else the weights are ahead of the log
+        alone = run.shards.kind != "both"  # the others may have ended otherwise
+        if alone and not run.signals.held:  # else the weights are ahead of the log
             with contextlib.suppress(Exception):  # the disk may be full, or the GPU gone
                 run.write_checkpoint()
         raise

@@ -93,6 +93,7 @@ def bare_run(model, *flags, vocab_size, rank=0, world=1, teacher_head_VE=None):
     run.optimizer = torch.optim.SGD(run.student.parameters(), lr=run.args.lr)
     run.scheduler = torch.optim.lr_scheduler.ConstantLR(run.optimizer, 1.0)
     run.watch, run.stop_class = harness.Stopwatch("cpu"), None
+    run.shards = harness.shard.Shards("none", torch.device("cpu"), "float32")
     run.position = SimpleNamespace(step=0)
     return run
 

@@ -1,0 +1,145 @@
+"""`--plan GIB`: what memory a run would take on GPUs of so many GiB, before any weight is loaded.
+
+Formulas, in bytes per process. b: 2 with --dtype bfloat16, else 4. N: parameters, of which L layers
+hold N_L and embeddings, head and norms the rest N_R; P processes; T tokens of the longest row;
+R rows of a step on a process; M tokens of a micro-batch; D width, I width of the feed-forward part
+that a token sees, q and kv widths of queries, keys or values; V vocabulary. A model that is spread
+(--shard) divides what is marked / P, and has two gathered layers while it is read, 2 b N_L / L.
+
+    student          4 N weights, 8 N moments of AdamW            / P
+    copy             b N: what samples, under --shard both
+    teacher          b N_L / P + b N_R
+    sampling         slots x T x 2 L kv b of cache; logits, slots x V x (b + 20); in bfloat16 the
+                     copies of autocast, b N, and of fast/decode.py, b N_L below 2^30 parameters
+    rows             R x T x (40 + 8 K): ids, log-probs, entropy, masks, scores, K candidates; 4 K
+                     more with lookahead, 26 U with a union of U tokens from each model; hidden
+                     states, D b more, for rkl, fkl, jsd
+    scoring          M x b (6 D + 3 I + 2 q); the teacher's cache, M x 2 L kv b, with lookahead
+    head             C x V x 12: logits of C positions, thrice; 1024 on a GPU, else 256
+    gradient         4 N                                           / P
+    update           M x `activations`; in bfloat16 autocast's copies of the weights, b N
+
+Not in it: what the allocator wastes (a tenth, say), NCCL's buffers, CUDA itself (half a GiB each).
+"""
+
+import argparse
+import itertools
+import math
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from logprobs import DIVERGENCES
+
+PROCESSES = (1, 2, 4, 8)
+GIB = 2**30
+
+
+def sizes(config) -> SimpleNamespace:
+    """The letters above of a model, counted on one without memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    text, names = config.get_text_config(decoder=True), model._no_split_modules or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    in_layers = sum(p.numel() for layer in layers for p in layer.parameters())
+    total, heads = sum(p.numel() for p in model.parameters()), text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    active = getattr(text, "num_experts_per_tok", None)
+    inner = getattr(text, "moe_intermediate_size", None) if active else None
+    inner = inner * active if inner else getattr(text, "intermediate_size", 4 * text.hidden_size)
+    kv = width * (getattr(text, "num_key_value_heads", None) or heads)
+    return SimpleNamespace(N=total, N_L=in_layers, N_R=total - in_layers, L=max(len(layers), 1),
+                           D=text.hidden_size, I=inner, q=width * heads, kv=kv,
+                           V=text.vocab_size)  # fmt: skip
+
+
+def activations(m, b: int, checkpointing: bool) -> float:
+    """Bytes per token of what a backward pass needs, as transformers writes layers: inputs of the
+    norms before and after they are scaled, in float32, and what products and attention read."""
+    layer = (26 if b == 2 else 24) * m.D + b * (5 * m.q + 4 * m.I)
+    return 8 * m.D + (4 * m.D * m.L + layer if checkpointing else layer * m.L)
+
+
+def peaks(args, P: int, student, teacher, longest: int, K: int) -> dict:
+    """{what: bytes} of a process, by phase: {"always": .., "sampling": .., ..}."""
+    b, s, t = 2 if args.dtype == "bfloat16" else 4, student, teacher
+    both, half = args.shard == "both" and P > 1, b == 2
+    lookahead, topk = args.lookahead == "on", args.objective == "topk"
+    spread = P if args.shard != "none" else 1
+    T = longest + args.max_new_tokens
+    R = math.ceil(args.prompts_per_step * args.rollouts_per_prompt / P)
+    slots, most = min(args.sample_batch, R), args.tokens_per_micro_batch or R * T
+    rows = min(args.micro_batch or R, R)
+    M = min(max(most, T), rows * T)
+    share, head = P if both else 1, (1024 if args.device == "cuda" else 256) * s.V * 12
+    gathered = 2 * b * t.N_L / t.L if spread > 1 else 0
+    own = (2 * b * s.N_L / s.L + b * s.N_R) if both else (b * s.N if half else 0)
+    fused = b * s.N_L if args.fast == "on" and s.N < 2**30 else 0
+    always = {"student and moments": 12 * s.N / share, "copy that samples": b * s.N * both,
+              "teacher": b * (t.N_L / spread + t.N_R)}  # fmt: skip
+    kept = 40 + 8 * K + 4 * args.lgr_top_k * lookahead + 26 * args.union_top_k * topk
+    batch = R * T * (kept + t.D * b * (args.objective in DIVERGENCES))
+    sampling = {"keys and values": slots * T * 2 * s.L * s.kv * b, "rows": R * T * (17 + 8 * K),
+                "logits": slots * s.V * (b + 20),
+                "copies": fused + b * s.N * (half and not both)}  # fmt: skip
+    scoring = {"rows": batch, "pass": M * b * (6 * t.D + 3 * t.I + 2 * t.q) + gathered,
+               "cache": M * 2 * t.L * t.kv * b * lookahead, "head": head}  # fmt: skip
+    update = {"rows": batch, "gradient": 4 * s.N / share, "weights in use": own, "head": head,
+              "activations": M * activations(s, b, args.gradient_checkpointing)}  # fmt: skip
+    return {"always": always, "sampling": sampling, "scoring": scoring, "update": update}
+
+
+def peak(found: dict) -> float:
+    """The most bytes at any time."""
+    phases = (sum(found[name].values()) for name in ("sampling", "scoring", "update"))
+    return sum(found["always"].values()) + max(phases)
+
+
+def levers(args, T: int):
+    """(flags to add, what args become): nothing first, then what costs little, then ever more."""
+    shards, b = ("none", "teacher", "both"), args.sample_batch
+    for batch, shard, checkpointing, tokens in itertools.product(
+        [n for n in (b, 64, 16, 4, 1) if n <= b], shards[shards.index(args.shard) :],
+        (args.gradient_checkpointing, True), (args.tokens_per_micro_batch, T),
+    ):  # fmt: skip
+        new = {"sample_batch": batch, "shard": shard, "gradient_checkpointing": checkpointing,
+               "tokens_per_micro_batch": tokens}  # fmt: skip
+        words = [f"--{k.replace('_', '-')}" + f" {v}" * (v is not True) for k, v in new.items()
+                 if v != getattr(args, k)]  # fmt: skip
+        yield " ".join(words), argparse.Namespace(**vars(args) | new)
+
+
+def fit(args, P: int, *how) -> str:
+    """Flags that leave a tenth of --plan's GiB free, "" if none is needed; `how` as in `peaks`."""
+    fits = (words for words, new in levers(args, how[2] + args.max_new_tokens)
+            if peak(peaks(new, P, *how)) < 0.9 * args.plan * GIB)  # fmt: skip
+    return next(fits, "nothing makes it fit")
+
+
+def table(args, *how) -> str:
+    """Markdown: GiB by phase and number of processes, and flags that make a run fit. how: student,
+    teacher, tokens of the longest prompt, K."""
+    found = [peaks(args, P, *how) for P in PROCESSES]
+
+    def row(name, values):
+        return f"| {name} | " + " | ".join(f"{x / GIB:.3g}" for x in values) + " |"
+
+    lines = ["| GiB per process | " + " | ".join(f"{P} GPU" for P in PROCESSES) + " |"]
+    lines.append("|---" * (len(PROCESSES) + 1) + "|")
+    for phase, parts in found[0].items():
+        values = {f"{phase}: {part}": [f[phase][part] for f in found] for part in parts}
+        lines += [row(name, some) for name, some in values.items() if any(some)]
+    lines += [row("**peak**", map(peak, found)), ""]
+    lines += [f"{P} of {args.plan:g} GiB: {fit(args, P, *how) or 'fits'}  " for P in PROCESSES]
+    return "\n".join(lines)
+
+
+def show(run) -> None:
+    """Print the table of a run whose flags, configs and prompts are there."""
+    both = [sizes(run.configs[flag]) for flag in ("--student", "--teacher")]
+    longest = max(map(len, sum(run.prompts.values(), [])))
+    K = max(run.needs.candidates.values(), default=1)
+    names = " from ".join(f"{m.N / 1e9:.2f}" for m in both)
+    print(f"{names} billion parameters; prompts of up to {longest} tokens\n")
+    print(table(run.args, *both, longest, K))

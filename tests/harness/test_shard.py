@@ -1,0 +1,170 @@
+"""--shard: models spread over processes compute what whole ones do, and resume exactly."""
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+from runs import read_log
+from safetensors.torch import load_file
+
+import train
+from benchmarks import soak
+from harness import checkpoint
+
+FORK = ("--toy fork --difficulty 2 --steps 2 --prompts-per-step 5 --micro-batch 2 --eval-count 4 "
+        "--eval-samples 2 --lgr-eps 1e-3 --lgr-nodes 50 --threads 1").split()  # fmt: skip
+FEW = """
+toy_problems = train.harness.pair.toy.problems
+train.harness.pair.toy.problems = lambda count, **how: toy_problems(min(count, 64), **how)
+"""
+KEYS = ("loss reverse_kl entropy kept grad_norm triggered group_std bonus flat_groups "
+        "accuracy").split()  # fmt: skip
+
+
+def ranks(world, cwd, *flags, code=""):
+    """A run in so many processes, to its end."""
+    started = forked.start_ranks([*FORK, *map(str, flags)], cwd, FEW + code, world)
+    done = [forked.finish(*one, 240) for one in started]
+    assert {one.returncode for one in done} == {0}, [one.stderr[-2000:] for one in done]
+    return done
+
+
+def assert_close(run, reference):
+    """Every number of the logs, and the weights, within float32's rounding of a few steps."""
+    for a, b in zip(sum(read_log(run), []), sum(read_log(reference), []), strict=True):
+        assert a.keys() == b.keys()
+        for key in KEYS:
+            if a.get(key) is not None:
+                assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-5), key
+    found, wanted = (checkpoint.read(checkpoint.newest(x)).groups for x in (run, reference))
+    assert found["student"].keys() == wanted["student"].keys()
+    for name, tensor in found["student"].items():
+        assert torch.allclose(tensor, wanted["student"][name], atol=1e-5), name
+    assert found["optimizer"].keys() == wanted["optimizer"].keys()
+
+
+@pytest.mark.parametrize(
+    ("world", "shard", "method"),
+    [(2, "both", "opd"), (2, "both", "release"), (4, "both", "lgr"), (2, "both", "lgr_topk"),
+     (2, "both", "rkl"), (2, "teacher", "lgr")],
+)  # fmt: skip
+def test_spread_models_give_the_numbers_of_one_process(world, shard, method, tmp_path):
+    """Five rows on two or four processes: they make different numbers of passes, of micro-batches
+    and of leaves."""
+    flags = "--method", method
+    forked.run([*FORK, *flags, "--out", "one"], tmp_path, FEW)
+    ranks(world, tmp_path, *flags, "--shard", shard, "--out", "spread")
+    assert_close(tmp_path / "spread", tmp_path / "one")
+    saved = [load_file(tmp_path / x / "student" / "model.safetensors") for x in ("spread", "one")]
+    assert saved[0].keys() == saved[1].keys()
+    for name, tensor in saved[0].items():
+        assert torch.allclose(tensor, saved[1][name], atol=1e-5), name
+
+
+FIRST = """
+import os
+mine = int(os.environ.get("RANK", 0)) == 0
+def first(response_mask_BT, logp_BT):
+    return response_mask_BT & mine
+train.masks.MASKS["none"] = first
+"""
+
+
+def test_a_process_that_keeps_no_token_takes_part(tmp_path):
+    for shard in ("none", "both"):
+        ranks(2, tmp_path, "--method", "opd", "--shard", shard, "--out", shard, code=FIRST)
+    steps, _ = read_log(tmp_path / "both")
+    assert 0 < steps[0]["kept"] < 1
+    assert_close(tmp_path / "both", tmp_path / "none")
+
+
+def test_bfloat16_and_checkpointing_of_activations(tmp_path):
+    """The copy that samples is in bfloat16, whole students are float32 under autocast: the same to
+    that rounding."""
+    flags = "--method", "lgr", "--dtype", "bfloat16", "--gradient-checkpointing", "--steps", "1"
+    for shard in ("none", "both"):
+        ranks(2, tmp_path, *flags, "--shard", shard, "--out", shard)
+    (a, _), (b, _) = (read_log(tmp_path / name) for name in ("none", "both"))
+    for key in ("entropy", "grad_norm", "response_tokens"):
+        assert math.isclose(a[0][key], b[0][key], rel_tol=0.1), key
+
+
+def test_killed_and_resumed_is_bit_for_bit_and_any_number_goes_on(tmp_path):
+    """Both processes die between two checkpoints. What the gathered checkpoint holds serves other
+    numbers of processes, and whole models."""
+    flags = ("--method", "lgr", "--shard", "both", "--checkpoint-every", "2", "--steps", "5")
+    ranks(2, tmp_path, *flags, "--out", "whole")
+    started = forked.start_ranks([*FORK, *flags, "--out", "run"], tmp_path, FEW)
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and log.read_text().count('"loss"') >= 3):
+        time.sleep(0.01)
+    for process, _ in started:
+        os.kill(process.pid, signal.SIGKILL)
+    for one in started:
+        forked.finish(*one)
+    done = ranks(2, tmp_path, *flags, "--out", "run", "--resume")
+    assert "resuming from" in done[0].stderr
+    assert soak.lines_of(tmp_path / "run") == soak.lines_of(tmp_path / "whole")
+    assert soak.differences(tmp_path / "run", tmp_path / "whole") == []
+    more = "--shard", "none", "--resume", "--steps", "6", "--out", "run"
+    forked.run([*FORK, *flags, *more], tmp_path, FEW)
+    ranks(4, tmp_path, *flags, "--resume", "--steps", "6", "--out", "whole")
+    assert_close(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_signal_ends_a_spread_run_in_time_and_its_checkpoint_stays(tmp_path):
+    flags = ("--method", "opd", "--shard", "both", "--checkpoint-every", "2", "--steps", "50")
+    started = forked.start_ranks([*FORK, *flags, "--out", "run"], tmp_path, FEW)
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and log.read_text().count('"loss"') >= 3):
+        time.sleep(0.01)
+    for process, _ in started:
+        os.kill(process.pid, signal.SIGTERM)
+    done = [forked.finish(*one, 60) for one in started]
+    assert {one.returncode for one in done} == {0}, [one.stderr[-1500:] for one in done]
+    assert checkpoint.step_of(checkpoint.newest(tmp_path / "run")) % 2 == 0
+
+
+def test_two_nodes_and_one_that_dies(tmp_path):
+    """Two torchrun agents on loopback, a process each. One is killed with its process: the other
+    ends too, and the same commands with --resume go on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+
+    def agents(*more):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
+                   "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port,
+                   "--monitor_interval", "0.1"]  # fmt: skip
+        script = [train.__file__, *FORK, "--method", "opd", "--shard", "both", "--out", "run",
+                  "--checkpoint-every", "1", "--timeout", "20", "--resume", *more]  # fmt: skip
+        environment = os.environ | forked.ENVIRONMENT
+        return [subprocess.Popen([*map(str, command), "--node_rank", str(node), *map(str, script)],
+                                 cwd=tmp_path, env=environment, start_new_session=True,
+                                 stderr=subprocess.PIPE, text=True)
+                for node in (0, 1)]  # fmt: skip
+
+    one, two = agents("--steps", "500")
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and log.read_text().count('"loss"') >= 2):
+        assert one.poll() is None, one.stderr.read()[-3000:]
+        time.sleep(0.05)
+    workers = Path(f"/proc/{two.pid}/task/{two.pid}/children").read_text().split()
+    for pid in (two.pid, *map(int, workers)):  # workers lead sessions of their own
+        os.kill(pid, signal.SIGKILL)
+    two.communicate()
+    assert one.wait(60) != 0
+    one.communicate()
+    step = checkpoint.step_of(checkpoint.newest(tmp_path / "run"))
+    for agent in agents("--steps", str(step + 1)):
+        _, error = agent.communicate(timeout=120)
+        assert agent.returncode == 0, error[-3000:]
+    assert (tmp_path / "run" / "student").exists()
