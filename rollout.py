@@ -5,8 +5,8 @@ nothing read from a model's `generation_config`.  Off the same logits are read: 
 sampled token, entropy (trigger of LGR, arXiv 2605.30833) and top-K ids (candidates of the release
 rule, arXiv 2605.13643, and of LGR).
 
-  slots    The KV cache is `batch_size` slots of `longest prompt + max_new_tokens` columns.  Token t
-           of a row stands in column t and has position id t.  No left padding.
+  slots    The KV cache is `batch_size` slots of as many columns as the longest row so far.  Token
+           t of a row stands in column t and has position id t.  No left padding.
   prefill  All prompt tokens but the last go through the backbone under a causal mask.  The padding
            of a short prompt is overwritten by decoding before anything attends to it.
   decode   One token per live row: write its key and value, attend to the columns up to it.
@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+
+BLOCK = 256  # columns by which the KV cache grows
 
 
 @dataclass
@@ -73,11 +75,11 @@ def sample_token(logits_SV, temperature, uniform_S, top_k, stop_class=None, entr
 
 
 class SlotCache:
-    """A preallocated KV cache of independent rows; attention layers call its `update`.
+    """A KV cache of independent rows; attention layers call its `update`.
 
     One buffer per layer, [slots, columns, heads, key and value], in autocast's type where that is
     on; zeros at first, because a masked column still enters as 0 * value.  Before a forward,
-    `writes` says where its keys and values go and `reads` what is attended to: (slots, columns).
+    `writes` says where its keys and values go, `reads` what is attended to: (slots, columns).
     """
 
     def __init__(self, slots: int, columns: int):
@@ -89,11 +91,19 @@ class SlotCache:
         new = torch.cat([key, value], dim=3).transpose(1, 2)
         if torch.is_autocast_enabled(key.device.type):  # norms of keys make them float32
             new = new.to(torch.get_autocast_dtype(key.device.type))
-        if layer_idx not in self.layers:
-            self.layers[layer_idx] = new.new_zeros(self.slots, self.columns, *new.shape[2:])
-        buffer = self.layers[layer_idx]
+        buffer = self.buffer(layer_idx, self.reads[1].stop, new)
         buffer[self.writes] = new
         return buffer[self.reads].transpose(1, 2).split([key.shape[3], value.shape[3]], dim=3)
+
+    def buffer(self, layer_idx, width: int, like=None):
+        """A layer's, of at least `width` columns; slots that nobody needs go when it grows."""
+        old = self.layers[layer_idx] if layer_idx in self.layers else like[:, :0]
+        if old.shape[1] < width:
+            columns = min(-(-width // BLOCK) * BLOCK, self.columns)
+            new = old.new_zeros(self.slots, columns, *old.shape[2:])
+            new[: len(old), : old.shape[1]] = old[: self.slots]
+            self.layers[layer_idx] = new
+        return self.layers[layer_idx]
 
     def retire(self, done_S, width: int):
         """Copy the last live slots over those that are done; returns the slots that are kept."""
@@ -112,8 +122,7 @@ def attention_mask(model, allowed):
     """sdpa takes a boolean mask; eager *adds* it to the scores, where a bool would do nothing."""
     if model.config._attn_implementation == "sdpa":
         return allowed
-    lowest = torch.finfo(model.dtype).min
-    return torch.zeros_like(allowed, dtype=model.dtype).masked_fill(~allowed, lowest)
+    return (~allowed).to(model.dtype) * torch.finfo(model.dtype).min
 
 
 def prefill(model, cache: SlotCache, ids_SQ, first: int) -> None:
@@ -130,8 +139,7 @@ def prefill(model, cache: SlotCache, ids_SQ, first: int) -> None:
 
 def decode_step(model, cache: SlotCache, token_S, column_S, width: int):
     """Feed one token per live slot, in its column < width; returns the logits [S, V] after it."""
-    slot_S = torch.arange(len(token_S), device=token_S.device)
-    cache.writes = slot_S[:, None], column_S[:, None]
+    cache.writes = torch.arange(len(token_S), device=token_S.device)[:, None], column_S[:, None]
     cache.reads = slice(0, len(token_S)), slice(0, width)
     allowed_SL = torch.arange(width, device=token_S.device) <= column_S[:, None]
     logits_S1V = model(
@@ -186,10 +194,7 @@ def generate(
         how = uniform_BN[row_S, n_S] if temperature else None, top_k, stop_class, entropy_top_k
         token_S, *rest = sample_token(logits_SV[:, :vocab_size], temperature, *how)
         stopped_S = torch.isin(token_S, eos_E)
-        done_S = stopped_S | (n_S + 1 == max_new_tokens)
-        if progress:
-            progress(len(row_S), int(done_S.sum()))
-        return done_S, stopped_S, token_S, *rest
+        return stopped_S | (n_S + 1 == max_new_tokens), stopped_S, token_S, *rest
 
     cache = SlotCache(min(batch_size or B, B), longest + max_new_tokens)
     step = partial(decode_step, model, cache)
@@ -197,12 +202,12 @@ def generate(
     was_training = model.training
     model.eval()  # no dropout, and no gradient checkpointing, which drops the cache
     try:
-        return _sample(ids_BT, lengths, model, cache, step, draw, top_k)
+        return _sample(ids_BT, lengths, model, cache, step, draw, top_k, progress)
     finally:
         model.train(was_training)
 
 
-def _sample(ids_BT, lengths, model, cache: SlotCache, step, draw, top_k: int) -> Rollout:
+def _sample(ids_BT, lengths, model, cache: SlotCache, step, draw, top_k, progress) -> Rollout:
     """The loop: refill, decode, draw, record, retire.  `lengths`: those of the prompts."""
     B, shape, device = len(lengths), ids_BT.shape, ids_BT.device
     mask_BT, logp_BT = torch.zeros_like(ids_BT, dtype=torch.bool), torch.zeros(shape, device=device)
@@ -228,9 +233,13 @@ def _sample(ids_BT, lengths, model, cache: SlotCache, step, draw, top_k: int) ->
         ids_BT[at], mask_BT[at] = token_S, True
         logp_BT[at], entropy_BT[at], topk_ids_BTK[at] = statistics
         truncated_B[row_S] = ~stopped_S  # the last step of a row decides
-        if done_S.any():
+        ended = int(done_S.sum())  # the one wait for a GPU per token
+        if progress:
+            progress(len(row_S), ended)
+        if ended:
             kept_S = cache.retire(done_S, width)
             row_S, column_S = row_S[kept_S], column_S[kept_S]
+            cache.slots = cache.slots if admitted < B else len(row_S)
             width = max(column_S.tolist(), default=-1) + 1
 
     if not logp_BT.isfinite().all():

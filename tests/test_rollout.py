@@ -261,6 +261,39 @@ def test_a_step_reads_no_more_columns_than_its_longest_row_has(model):
     assert fed == sorted(inputs)
 
 
+@pytest.mark.parametrize("decode", [None, fast_decode])
+def test_the_cache_grows_with_the_rows_that_need_it_and_changes_nothing(decode, monkeypatch):
+    """All rows but one end early: the cache holds as many columns for one row, not for all."""
+    model, sizes = tiny_model("qwen3"), []
+
+    def generate():
+        def early(model, cache, step):
+            inner = decode(model, cache, step) if decode else step
+
+            def forced(token_S, column_S, width):
+                logits_SV = inner(token_S, column_S, width)
+                logits_SV[:, 7] = -100.0
+                logits_SV[1:, 7] = torch.where(column_S[1:] > 20, 100.0, -100.0)
+                sizes.append(sum(buffer.numel() for buffer in cache.layers.values()))
+                return logits_SV
+
+            return forced
+
+        how = {"eos_ids": [7], "pad_id": 0, "decode": early, "batch_size": 6}
+        draw = torch.Generator().manual_seed(0)
+        return rollout.generate(model, [[1, 2, 3]] * 9, max_new_tokens=120, generator=draw, **how)
+
+    whole, full = generate(), max(sizes)
+    sizes.clear()
+    monkeypatch.setattr(rollout, "BLOCK", 16)
+    grown = generate()
+    for name in ("ids_BT", "response_mask_BT", "topk_ids_BTK", "truncated_B"):
+        assert torch.equal(getattr(whole, name), getattr(grown, name))
+    assert torch.allclose(whole.logp_BT, grown.logp_BT, atol=1e-5)
+    assert grown.truncated_B.sum() == 1 and whole.response_mask_BT.sum(dim=1).max() == 120
+    assert max(sizes) < 0.45 * full
+
+
 def test_slots_are_refilled_in_groups_of_a_quarter(monkeypatch):
     """With 8 slots a prefill waits for two free ones, except for the last prompt."""
     groups, prefill = [], rollout.prefill
