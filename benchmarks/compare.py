@@ -50,7 +50,8 @@ from benchmarks.intervals import mean_and_half, plus_minus  # noqa: E402
 from benchmarks.runs import Cell, build_worlds, cells, run_all, summary  # noqa: E402
 
 CONTROLS = "prefix shuffled random std"
-GAMMAS, EPS, DTYPES = (0.1, 1, 3, 10, 40), (1e-6, 1e-4, 1e-3, 1e-2, 1e-1), ("", " --dtype bfloat16")
+COARSE = " --teacher-dtype bfloat16"
+GAMMAS, EPS, DTYPES = (0.1, 1, 3, 10, 40), (1e-6, 1e-4, 1e-3, 1e-2, 1e-1), ("", COARSE)
 EXPERIMENTS = {
     "methods": (
         "Methods, controls and baselines",
@@ -86,8 +87,8 @@ EXPERIMENTS = {
         + cells("fork", "lgr", *(f"--lgr-shape difference --lgr-gamma {g}" for g in GAMMAS)),
     ),
     "eps": (
-        "What decides flat groups: eps and the authors' guard, in float32 and in bfloat16",
-        cells("fork", "opd", "", "--dtype bfloat16")
+        "What decides flat groups: eps and the authors' guard; teacher in float32, bfloat16",
+        cells("fork", "opd", "", COARSE.strip())
         + cells("fork", "lgr", *(f"--lgr-eps {e}{d}" for d in DTYPES for e in EPS))
         + cells("fork", "lgr", *(f"--lgr-normalize guard{d}" for d in DTYPES)),
     ),

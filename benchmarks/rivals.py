@@ -56,8 +56,11 @@ WORLDS = "varied horizon clean off-by-one late fork fork-mirror mire".split()
 
 
 def rows_of(world: str) -> dict[str, str]:
-    """What is run in a world; lookahead where wordings differ."""
-    return SOURCES | (LOOKAHEAD if toy.world(world).uncertain else {})
+    """What is run in a world; lookahead where wordings differ. Where no response is longer than 64
+    tokens, half of the limit takes their place."""
+    rows = SOURCES | (LOOKAHEAD if toy.world(world).uncertain else {})
+    short = toy.response_limit(toy.world(world).moves) <= 64
+    return {(k.replace(" 64 ", " 0.5 ") if short else k): v for k, v in rows.items()}
 
 
 def curve(folder: Path) -> dict:

@@ -75,6 +75,7 @@ MACHINE = {
         ("--shard", "none", [*SHARD], "spread models over the processes: see harness/shard.py"),
         ("--device", None, ["cpu", "cuda"], "(cuda where there is one)"),
         ("--dtype", None, DTYPES, "of matrix products (bfloat16 on cuda, else float32)"),
+        ("--teacher-dtype", None, DTYPES, "of the teacher (--dtype)"),
         ("--save-dtype", "bfloat16", DTYPES, "of the saved student"),
         ("--threads", 0, (0, MOST_THREADS), "CPU threads per process; 0: PyTorch's choice"),
     ],

@@ -117,9 +117,9 @@ def load_models(run, device) -> None:
     run.shards = Shards(args.shard, device, args.dtype)
     for flag, path in student_and_teacher(args).items():
         is_student = flag == "--student"
-        dtype = torch.float32 if is_student else getattr(torch, args.dtype)
+        dtype = "float32" if is_student else args.teacher_dtype or args.dtype
         how = {"trust_remote_code": args.trust_remote_code, "allow_bin": args.allow_bin}
-        load = functools.partial(load_model, path, dtype=dtype, **how)
+        load = functools.partial(load_model, path, dtype=getattr(torch, dtype), **how)
         model = run.shards.load(flag, lambda device, load=load: load(device=device))
         check_head(flag, model, prompts[0][:8])
         if is_student:

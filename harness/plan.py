@@ -1,10 +1,11 @@
 """`--plan GIB`: what memory a run would take on GPUs of so many GiB, before any weight is loaded.
 
-Formulas, in bytes per process. b: 2 with --dtype bfloat16, else 4. N: parameters, of which L layers
-hold N_L and embeddings, head and norms the rest N_R; P processes; T tokens of the longest row;
-R rows of a step on a process; M tokens of a micro-batch; D width, I width of the feed-forward part
-that a token sees, q and kv widths of queries, keys or values; V vocabulary. A model that is spread
-(--shard) divides what is marked / P, and has two gathered layers while it is read, 2 b N_L / L.
+Formulas, in bytes per process. b: 2 with --dtype (of the teacher: --teacher-dtype) bfloat16, else
+4. N: parameters, of which L layers hold N_L; embeddings, head and norms the rest, N_R. P processes;
+T tokens of the longest row; R rows of a step on a process; M tokens of a micro-batch; D width, I
+width of the feed-forward part that a token sees, q and kv widths of queries, keys or values; V
+vocabulary. A model that is spread (--shard) divides what is marked / P, and has two gathered layers
+while it is read, 2 b N_L / L.
 
     student          4 N weights, 8 N moments of AdamW            / P
     copy             b N: what samples, under --shard both
@@ -14,7 +15,8 @@ that a token sees, q and kv widths of queries, keys or values; V vocabulary. A m
     rows             R x T x (40 + 8 K): ids, log-probs, entropy, masks, scores, K candidates; 4 K
                      more with lookahead, 26 U with a union of U tokens from each model; hidden
                      states, D b more, for rkl, fkl, jsd
-    scoring          M x b (6 D + 3 I + 2 q); the teacher's cache, M x 2 L kv b, with lookahead
+    scoring          M x b (6 D + 3 I + 2 q); with lookahead the teacher's cache, M x 2 L kv b, and
+                     --lgr-nodes leaves x (b (6 D + 3 I + 2 q) + T)
     head             C x V x 12: logits of C positions, thrice; 1024 on a GPU, else 256
     gradient         4 N                                           / P
     update           M x `activations`; in bfloat16 autocast's copies of the weights, b N
@@ -64,6 +66,7 @@ def activations(m, b: int, checkpointing: bool) -> float:
 def peaks(args, P: int, student, teacher, longest: int, K: int) -> dict:
     """{what: bytes} of a process, by phase: {"always": .., "sampling": .., ..}."""
     b, s, t = 2 if args.dtype == "bfloat16" else 4, student, teacher
+    b_T = 2 if (args.teacher_dtype or args.dtype) == "bfloat16" else 4
     both, half = args.shard == "both" and P > 1, b == 2
     lookahead, topk = args.lookahead == "on", args.objective == "topk"
     spread = P if args.shard != "none" else 1
@@ -73,18 +76,20 @@ def peaks(args, P: int, student, teacher, longest: int, K: int) -> dict:
     rows = min(args.micro_batch or R, R)
     M = min(max(most, T), rows * T)
     share, head = P if both else 1, (1024 if args.device == "cuda" else 256) * s.V * 12
-    gathered = 2 * b * t.N_L / t.L if spread > 1 else 0
+    gathered = 2 * b_T * t.N_L / t.L if spread > 1 else 0
     own = (2 * b * s.N_L / s.L + b * s.N_R) if both else (b * s.N if half else 0)
     fused = b * s.N_L if args.fast == "on" and s.N < 2**30 else 0
     always = {"student and moments": 12 * s.N / share, "copy that samples": b * s.N * both,
-              "teacher": b * (t.N_L / spread + t.N_R)}  # fmt: skip
+              "teacher": b_T * (t.N_L / spread + t.N_R)}  # fmt: skip
     kept = 40 + 8 * K + 4 * args.lgr_top_k * lookahead + 26 * args.union_top_k * topk
-    batch = R * T * (kept + t.D * b * (args.objective in DIVERGENCES))
+    batch = R * T * (kept + t.D * b_T * (args.objective in DIVERGENCES))
     sampling = {"keys and values": slots * T * 2 * s.L * s.kv * b, "rows": R * T * (17 + 8 * K),
                 "logits": slots * s.V * (b + 20),
                 "copies": fused + b * s.N * (half and not both)}  # fmt: skip
-    scoring = {"rows": batch, "pass": M * b * (6 * t.D + 3 * t.I + 2 * t.q) + gathered,
-               "cache": M * 2 * t.L * t.kv * b * lookahead, "head": head}  # fmt: skip
+    token, leaves = b_T * (6 * t.D + 3 * t.I + 2 * t.q), min(args.lgr_nodes, M * args.lgr_top_k)
+    scoring = {"rows": batch, "pass": M * token + gathered,
+               "cache": M * 2 * t.L * t.kv * b_T * lookahead,
+               "leaves": leaves * (token + T) * lookahead, "head": head}  # fmt: skip
     update = {"rows": batch, "gradient": 4 * s.N / share, "weights in use": own, "head": head,
               "activations": M * activations(s, b, args.gradient_checkpointing)}  # fmt: skip
     return {"always": always, "sampling": sampling, "scoring": scoring, "update": update}

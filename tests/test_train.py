@@ -193,6 +193,19 @@ def teacher_logprobs(run, batch, row):
     return torch.log_softmax(logits_TV, -1).roll(1, dims=0).index_fill(0, torch.tensor([0]), 0.0)
 
 
+def test_a_teacher_of_its_own_type_reads_in_it():
+    """--teacher-dtype: log-probs of a bfloat16 teacher beside a float32 student."""
+    run = make_run(*TOY, *SHORT, "--method", "opd", "--teacher-dtype", "bfloat16")
+    assert {run.teacher.dtype, run.model.dtype} == {torch.bfloat16, torch.float32}
+    batch = sample(run)
+    scores = score(run, batch)
+    logp_BTV = run.teacher(input_ids=batch.ids_BT).logits.float().log_softmax(-1)
+    plain_BT = logp_BTV[:, :-1].gather(2, batch.ids_BT[:, 1:, None])[..., 0]
+    mask_BT = batch.response_mask_BT[:, 1:]
+    difference_N = (scores.logp_BT[:, 1:] - plain_BT)[mask_BT]
+    assert difference_N.abs().mean() < 0.02 and plain_BT[mask_BT].abs().mean() > 0.05
+
+
 def test_teacher_scores_equal_a_plain_forward():
     run = make_run("--toy", "fork", *SHORT, "--method", "lgr_topk", "--union-top-k", "3",
                    "--lgr-top-k", "2", "--micro-batch", "2")

@@ -50,9 +50,9 @@ def test_weights_moments_gradient_and_keys_and_values_are_what_they_take(monkeyp
     assert found["always"]["student and moments"] == stored(student) + stored(two)
     assert found["always"]["teacher"] == stored(run.teacher.parameters())
     assert found["update"]["gradient"] == stored([p.grad for p in student])
-    cache, T = caches[0], longest + run.args.max_new_tokens
+    buffers, T = list(caches[0].layers.values()), longest + run.args.max_new_tokens
     asked = found["sampling"]["keys and values"] / (T * 6)
-    assert stored(cache.layers.values()) / (cache.slots * cache.columns) == asked
+    assert stored(buffers) / (len(buffers[0]) * buffers[0].shape[1]) == asked
     tensors = [x for x in [*vars(batch).values(), *vars(scores).values()]
                if isinstance(x, torch.Tensor) and x.dim() > 1]  # fmt: skip
     per_token = stored(tensors) / batch.ids_BT.numel()

@@ -1,5 +1,6 @@
 """--shard: models spread over processes compute what whole ones do, and resume exactly."""
 
+import json
 import math
 import os
 import signal
@@ -12,12 +13,13 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from runs import read_log
+from runs import parse, read_log
 from safetensors.torch import load_file
 
 import train
-from benchmarks import soak
-from harness import checkpoint
+from benchmarks import shapes, soak
+from harness import checkpoint, plan
+from harness.models import load_config
 
 FORK = ("--toy fork --difficulty 2 --steps 2 --prompts-per-step 5 --micro-batch 2 --eval-count 4 "
         "--eval-samples 2 --lgr-eps 1e-3 --lgr-nodes 50 --threads 1").split()  # fmt: skip
@@ -131,6 +133,43 @@ def test_a_signal_ends_a_spread_run_in_time_and_its_checkpoint_stays(tmp_path):
     done = [forked.finish(*one, 60) for one in started]
     assert {one.returncode for one in done} == {0}, [one.stderr[-1500:] for one in done]
     assert checkpoint.step_of(checkpoint.newest(tmp_path / "run")) % 2 == 0
+
+
+LONG = """
+import json, os
+from benchmarks import memory
+step = train.train_step
+def measured(run, number):
+    before = memory.peak_mib(reset=True)
+    out = step(run, number)
+    with open(f"peak-{os.environ['RANK']}.json", "w") as file:
+        json.dump(memory.peak_mib() - before, file)
+    return out
+train.train_step = measured
+train.harness.pair.check_tokens = lambda *_: None  # the pair's end is no token: nothing draws it
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak")
+def test_a_step_of_long_responses_stays_within_the_plan(tmp_path):
+    """1024 tokens here, 16384 by hand: the same bound. lgr, both models spread over two processes:
+    no process takes more, above what it holds between steps, than --plan says and 32 MiB."""
+    T = int(os.environ.get("LONG_TOKENS", 1024))
+    shapes.write_pair(tmp_path, "small", 4096, 2, 16, T)
+    flags = ["--student", "student", "--teacher", "teacher", "--problems", "problems.jsonl",
+             "--method", "lgr", "--max-new-tokens", T, "--prompts-per-step", 2, "--steps", 1,
+             "--lgr-tau", 5.7, "--shard", "both", "--threads", 1, "--out", "run"]  # fmt: skip
+    flags = [str(x) for x in flags]
+    started = forked.start_ranks(flags, tmp_path, LONG)
+    done = [forked.finish(*one, 1800) for one in started]
+    assert {one.returncode for one in done} == {0}, [one.stderr[-2000:] for one in done]
+    (line,), _ = read_log(tmp_path / "run")
+    assert line["response_tokens"] == T and line["triggered"] > 0.05
+    sizes = [plan.sizes(load_config(tmp_path / name)) for name in ("student", "teacher")]
+    found = plan.peaks(parse(flags), 2, *sizes, 16, 8)
+    bound = (plan.peak(found) - sum(found["always"].values())) / 2**20 + 32
+    peaks = [json.loads((tmp_path / f"peak-{rank}.json").read_text()) for rank in (0, 1)]
+    assert 0 < max(peaks) < bound, (peaks, bound)
 
 
 def test_two_nodes_and_one_that_dies(tmp_path):
