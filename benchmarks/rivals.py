@@ -15,8 +15,8 @@ what a step costs, so every run is evaluated as it goes, and compared at two poi
 
 Those that stop sampling early (`--train-tokens`) take more and cheaper steps. `- opd` is the
 difference to plain OPD at the same point, paired by seed, with a 95% t interval. `seconds` are
-those of all training steps, on a shared machine. Writes results/rivals.{json,md}; the last line
-printed is JSON.
+those of all training steps, on a shared machine. Writes results/rivals.{json,md}, where worlds stay
+that are not run again; the last line printed is JSON.
 """
 
 import argparse
@@ -143,18 +143,19 @@ def main(argv=None) -> None:
     todo = [(cell, seed) for seed in args.seeds for cell in cells.values()]
     build_worlds(args.worlds)
     run_all(todo, args.runs, args.jobs, [])
-    parts, last, record = [], {}, {}
+    kept = args.out / "rivals.json"
+    record, parts, last = json.loads(kept.read_text())["runs"] if kept.exists() else {}, [], {}
     for world in args.worlds:
-        runs = {name: [curve(run_folder(args.runs, cells[world, name], seed))
-                       for seed in args.seeds] for name in rows_of(world)}  # fmt: skip
-        text, points = world_table(runs, rows_of(world))
+        record[world] = {name: [curve(run_folder(args.runs, cells[world, name], seed))
+                                for seed in args.seeds] for name in rows_of(world)}  # fmt: skip
+    for world in sorted(record, key=list(toy.WORLDS).index):
+        text, points = world_table(record[world], rows_of(world))
         parts.append(f"## {world}: {toy.world(world).about}\n\n{text}\n")
-        record[world] = runs
         last |= {f"{world} {name}": equal_compute for name, (_, equal_compute) in points.items()}
     said = " ".join(["python benchmarks/rivals.py", *(argv or sys.argv[1:])])
     where = machine.describe("cpu", 1, f"{args.jobs} runs at a time")
-    head = f"# Where to listen to the teacher\n\nWritten by `{said}`, which explains the columns. "
-    head += f"{where}. Seeds {' '.join(map(str, args.seeds))}; mean ± standard error.\n"
+    head = "# Where to listen to the teacher\n\nWritten by `python benchmarks/rivals.py`, which "
+    head += f"explains the columns, last `{said}`. {where}. Mean ± standard error.\n"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "rivals.md").write_text("\n".join([head, *parts]))
     content = {"command": said, "machine": where, "seeds": args.seeds, "runs": record}

@@ -46,3 +46,23 @@ def test_accuracies_are_read_at_equal_cost(tmp_path):
     assert "Equal supervision: 100 tokens. Equal compute: 400." in text
     row = next(line for line in text.splitlines() if line.startswith("| `release`"))
     assert row.count("+0.450 [-0.185, +1.085]") == 2 and "| a paper |" in row
+
+
+def test_worlds_are_added_to_those_that_were_run_before(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rivals, "build_worlds", lambda worlds: None)
+    monkeypatch.setattr(rivals, "run_all", lambda todo, *_: asked.extend(todo))
+    for world in ("late", "varied"):
+        asked = []
+        for name in rivals.rows_of(world):
+            cell = rivals.Cell(world, name.split()[0], tuple(name.split()[1:]), curve=True)
+            for seed in (0, 1):
+                folder = rivals.run_folder(tmp_path / "runs", cell, seed)
+                run(folder.parent, folder.name, (0.2, 0.5, 0.6), 50, 200)
+        words = ["--worlds", world, "--seeds", "0", "1", "--out", str(tmp_path)]
+        rivals.main([*words, "--runs", str(tmp_path / "runs")])
+        assert len(asked) == 2 * len(rivals.rows_of(world))
+    page = (tmp_path / "rivals.md").read_text()
+    assert "## varied: " in page and page.index("## varied") < page.index("## late")
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name.split()[0] for name in last} == {"late", "varied"}
+    assert set(json.loads((tmp_path / "rivals.json").read_text())["runs"]) == {"late", "varied"}
