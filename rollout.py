@@ -24,7 +24,7 @@ from functools import partial
 
 import torch
 
-BLOCK = 256  # columns by which the KV cache grows
+BLOCK, PREFILL = 256, 2**14  # columns by which the KV cache grows; tokens of a prefill, or one row
 
 
 @dataclass
@@ -127,14 +127,16 @@ def attention_mask(model, allowed):
 
 def prefill(model, cache: SlotCache, ids_SQ, first: int) -> None:
     """Feed prompts into slots from `first` on; through the backbone, so no [S, Q, V] logits."""
-    S, Q = ids_SQ.shape
-    cache.writes = cache.reads = slice(first, first + S), slice(0, Q)
+    Q = ids_SQ.shape[1]
     causal_QQ = torch.ones(Q, Q, dtype=torch.bool, device=ids_SQ.device).tril()
-    model.base_model(
-        input_ids=ids_SQ, attention_mask=attention_mask(model, causal_QQ[None, None]),
-        position_ids=torch.arange(Q, device=ids_SQ.device).expand(S, Q),
-        past_key_values=cache, use_cache=True,
-    )  # fmt: skip
+    for part_SQ in ids_SQ.split(max(1, PREFILL // Q)):
+        cache.writes = cache.reads = slice(first, first + len(part_SQ)), slice(0, Q)
+        model.base_model(
+            input_ids=part_SQ, attention_mask=attention_mask(model, causal_QQ[None, None]),
+            position_ids=torch.arange(Q, device=ids_SQ.device).expand_as(part_SQ),
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        first += len(part_SQ)
 
 
 def decode_step(model, cache: SlotCache, token_S, column_S, width: int):

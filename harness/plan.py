@@ -10,8 +10,9 @@ while it is read, 2 b N_L / L.
     student          4 N weights, 8 N moments of AdamW            / P
     copy             b N: what samples, under --shard both
     teacher          b N_L / P + b N_R
-    sampling         slots x T x 2 L kv b of cache; logits, slots x V x (b + 20); in bfloat16 the
-                     copies of autocast, b N, and of fast/decode.py, b N_L below 2^30 parameters
+    sampling         slots x T x 2 L kv b of cache, at most; logits, slots x V x (b + 20); 16384
+                     tokens of prompts x b (6 D + 3 I + 2 q); in bfloat16 the copies of autocast,
+                     b N, and of fast/decode.py, b N_L below 2^30 parameters
     rows             R x T x (40 + 8 K): ids, log-probs, entropy, masks, scores, K candidates; 4 K
                      more with lookahead, 26 U with a union of U tokens from each model; hidden
                      states, D b more, for rkl, fkl, jsd
@@ -33,6 +34,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from logprobs import DIVERGENCES
+from rollout import PREFILL
 
 PROCESSES = (1, 2, 4, 8)
 GIB = 2**30
@@ -54,6 +56,11 @@ def sizes(config) -> SimpleNamespace:
     return SimpleNamespace(N=total, N_L=in_layers, N_R=total - in_layers, L=max(len(layers), 1),
                            D=text.hidden_size, I=inner, q=width * heads, kv=kv,
                            V=text.vocab_size)  # fmt: skip
+
+
+def width(m, b: int) -> int:
+    """Bytes per token of a pass without gradient, while it is in a layer."""
+    return b * (6 * m.D + 3 * m.I + 2 * m.q)
 
 
 def activations(m, b: int, checkpointing: bool) -> float:
@@ -85,11 +92,12 @@ def peaks(args, P: int, student, teacher, longest: int, K: int) -> dict:
     batch = R * T * (kept + t.D * b_T * (args.objective in DIVERGENCES))
     sampling = {"keys and values": slots * T * 2 * s.L * s.kv * b, "rows": R * T * (17 + 8 * K),
                 "logits": slots * s.V * (b + 20),
+                "prompts": min(slots * longest, max(PREFILL, longest)) * width(s, b),
                 "copies": fused + b * s.N * (half and not both)}  # fmt: skip
-    token, leaves = b_T * (6 * t.D + 3 * t.I + 2 * t.q), min(args.lgr_nodes, M * args.lgr_top_k)
-    scoring = {"rows": batch, "pass": M * token + gathered,
+    leaves = min(args.lgr_nodes, M * args.lgr_top_k)
+    scoring = {"rows": batch, "pass": M * width(t, b_T) + gathered,
                "cache": M * 2 * t.L * t.kv * b_T * lookahead,
-               "leaves": leaves * (token + T) * lookahead, "head": head}  # fmt: skip
+               "leaves": leaves * (width(t, b_T) + T) * lookahead, "head": head}  # fmt: skip
     update = {"rows": batch, "gradient": 4 * s.N / share, "weights in use": own, "head": head,
               "activations": M * activations(s, b, args.gradient_checkpointing)}  # fmt: skip
     return {"always": always, "sampling": sampling, "scoring": scoring, "update": update}

@@ -23,7 +23,7 @@ LEAVES = {  # the only packages that each may import besides the standard librar
     "lgr.py": {"torch"},
 }
 LINES = {  # at most, docstrings and blank lines included
-    "README.md": 220, "train.py": 368, "rollout.py": 250, "logprobs.py": 220,
+    "README.md": 220, "train.py": 368, "rollout.py": 252, "logprobs.py": 220,
     "teachability.py": 265, "release_rule.py": 120, "lgr.py": 260, "masks.py": 320,
     "answers.py": 250, "evaluate.py": 300,
     "harness": 2200 + 210 + 340, "fast": 450, "toy": 750, "diagnose": 2000, "examples": 440,

@@ -261,6 +261,25 @@ def test_a_step_reads_no_more_columns_than_its_longest_row_has(model):
     assert fed == sorted(inputs)
 
 
+def test_prompts_are_read_some_at_a_time(model, monkeypatch):
+    """No pass takes more rows than fit into PREFILL tokens, or one; the rollouts are the same."""
+    prompts, rows = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10], [11, 12, 13, 14]], []
+    how = {"max_new_tokens": 6, "eos_ids": [0], "pad_id": 0, "temperature": 0}
+    whole = rollout.generate(model, prompts, **how)
+    forward = type(model.base_model).forward
+
+    def noting(self, input_ids, **kwargs):
+        rows.extend([len(input_ids)] * (input_ids.shape[1] > 1))
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model.base_model), "forward", noting)
+    for tokens, wanted in ((2**14, [4]), (8, [2, 2]), (1, [1, 1, 1, 1])):
+        monkeypatch.setattr(rollout, "PREFILL", tokens)
+        rows.clear()
+        some = rollout.generate(model, prompts, **how)
+        assert rows == wanted and torch.equal(some.ids_BT, whole.ids_BT)
+
+
 @pytest.mark.parametrize("decode", [None, fast_decode])
 def test_the_cache_grows_with_the_rows_that_need_it_and_changes_nothing(decode, monkeypatch):
     """All rows but one end early: the cache holds as many columns for one row, not for all."""
