@@ -69,8 +69,7 @@ class LlamaStep:
             self.dtype = torch.get_autocast_dtype(device.type)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = d = base.layers[0].self_attn.head_dim
-        self.column_L = torch.arange(cache.columns, device=device)
-        self.slot_S = torch.arange(cache.slots, device=device)
+        self.column_L = torch.arange(max(cache.columns, cache.slots), device=device)
         like = torch.zeros(1, dtype=model.dtype, device=device)
         cos, sin = (x_1Ld[0] for x_1Ld in base.rotary_emb(like, self.column_L[None]))
         # x -> x cos + rolled(x) sin, where rolled swaps the halves; the first half is negated
@@ -152,7 +151,7 @@ class LlamaStep:
         mask_S11L = torch.where(beyond_SL[:, None, None], self.minus_infinity, self.zero)
         for index, layer in zip(self.cache.layers, self.layers, strict=True):
             buffer = self.cache.buffer(index, width)
-            flat_S = self.slot_S[:S] * buffer.shape[1] + column_S  # slot and column as one index
+            flat_S = self.column_L[:S] * buffer.shape[1] + column_S  # slot, column as one index
             h = multiply(rms_norm(x_SD, layer.norm1).to(self.dtype), layer.qkv)
             qk, v = h.view(S, -1, d).split([heads + kv_heads, kv_heads], dim=1)
             qk = qk.to(x_SD.dtype)

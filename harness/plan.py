@@ -20,7 +20,8 @@ while it is read, 2 b N_L / L.
                      --lgr-nodes leaves x (b (6 D + 3 I + 2 q) + T)
     head             C x V x 12: logits of C positions, thrice; 1024 on a GPU, else 256
     gradient         4 N                                           / P
-    update           M x `activations`; in bfloat16 autocast's copies of the weights, b N
+    update           M x `activations`, and their gradients in a layer; in bfloat16 autocast's
+                     copies of the weights, b N
 
 Not in it: what the allocator wastes (a tenth, say), NCCL's buffers, CUDA itself (half a GiB each).
 """
@@ -98,8 +99,9 @@ def peaks(args, P: int, student, teacher, longest: int, K: int) -> dict:
     scoring = {"rows": batch, "pass": M * width(t, b_T) + gathered,
                "cache": M * 2 * t.L * t.kv * b_T * lookahead,
                "leaves": leaves * (width(t, b_T) + T) * lookahead, "head": head}  # fmt: skip
+    kept = activations(s, b, args.gradient_checkpointing) + width(s, b)
     update = {"rows": batch, "gradient": 4 * s.N / share, "weights in use": own, "head": head,
-              "activations": M * activations(s, b, args.gradient_checkpointing)}  # fmt: skip
+              "activations": M * kept}  # fmt: skip
     return {"always": always, "sampling": sampling, "scoring": scoring, "update": update}
 
 
