@@ -34,6 +34,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM
 
+from harness.cli import first_line
 from logprobs import DIVERGENCES
 from rollout import PREFILL
 
@@ -42,9 +43,12 @@ GIB = 2**30
 
 
 def sizes(config) -> SimpleNamespace:
-    """The letters above of a model, counted on one without memory."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    """The letters above of a model, counted on one without memory. ValueError: there is no code."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a model's code makes of it
+        raise ValueError(f"--plan: {config.model_type}: {first_line(error)}") from error
     text, names = config.get_text_config(decoder=True), model._no_split_modules or ()
     layers = [module for module in model.modules() if type(module).__name__ in names]
     in_layers = sum(p.numel() for layer in layers for p in layer.parameters())

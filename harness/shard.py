@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from harness.processes import gather_objects
+from harness.processes import gather_objects, raise_on_all_ranks
 
 
 def whole(tensor) -> torch.Tensor:
@@ -55,8 +55,7 @@ def in_turn(load):
             except Exception as caught:  # the others are waiting at the barrier
                 error = caught
         dist.barrier()
-    if error is not None:
-        raise error
+    raise_on_all_ranks(lambda: None, error)  # or the others would go on without it
     return found
 
 

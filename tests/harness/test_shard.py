@@ -135,6 +135,26 @@ def test_a_signal_ends_a_spread_run_in_time_and_its_checkpoint_stays(tmp_path):
     assert checkpoint.step_of(checkpoint.newest(tmp_path / "run")) % 2 == 0
 
 
+BROKEN = """
+import os
+load_model = train.harness.pair.load_model
+def load(path, **how):
+    if os.environ["RANK"] == "1":
+        raise ValueError(f"{path}: torn")
+    return load_model(path, **how)
+train.harness.pair.load_model = load
+"""
+
+
+def test_a_model_that_one_process_cannot_load_ends_all_in_one_line(tmp_path):
+    flags = [*FORK, "--shard", "both", "--timeout", "30", "--out", "run"]
+    started = forked.start_ranks(flags, tmp_path, FEW + BROKEN)
+    done = [forked.finish(*one, 60) for one in started]
+    assert [one.returncode for one in done] == [2, 2]
+    assert "rank 1: " in done[0].stderr and ": torn" in done[0].stderr
+    assert not (tmp_path / "run").exists()
+
+
 LONG = """
 import json, os
 from benchmarks import memory
