@@ -18,6 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import rollout
 from fast import decode as fast  # the file
 
 SIZES = {
@@ -204,3 +205,12 @@ def test_a_step_that_disagrees_with_the_model_is_not_used(model, monkeypatch):
     else:
         out = sample(model, decode=fast.decode)
     assert torch.equal(out.ids_BT, right.ids_BT)
+
+
+def test_more_rows_than_columns():
+    """Rows and columns are numbered by one tensor, which must be long enough for both."""
+    model = tiny_model("qwen3")
+    how = {"max_new_tokens": 3, "eos_ids": [0], "pad_id": 0, "temperature": 0}
+    prompts = [[1 + n % 40, 2] for n in range(12)]
+    found = rollout.generate(model, prompts, decode=fast.decode, **how)
+    assert torch.equal(found.ids_BT, rollout.generate(model, prompts, **how).ids_BT)
