@@ -91,7 +91,7 @@ def at(run: dict, cost: str, budget: float) -> float:
 
 
 def world_table(runs: dict[str, list[dict]], sources: dict[str, str]) -> tuple[str, dict]:
-    """(Markdown, {row: [accuracy at equal supervision, at equal compute]})."""
+    """(Markdown, {row: accuracies by seed, at equal supervision and at equal compute})."""
     budgets = {cost: min(run[cost][-1] for group in runs.values() for run in group)
                for cost in ("supervised", "compute")}  # fmt: skip
     rows, points = [], {}
@@ -101,7 +101,7 @@ def world_table(runs: dict[str, list[dict]], sources: dict[str, str]) -> tuple[s
             values, base = ([at(run, cost, budget) for run in some]
                             for some in (group, runs["opd"]))  # fmt: skip
             gap = [a - b for a, b in zip(values, base, strict=True)]
-            points[name].append(statistics.mean(values))
+            points[name].append(values)
             cells.append(plus_minus(values))
             if name == "opd" or len(gap) < 2:
                 cells.append("-")
@@ -118,6 +118,17 @@ def world_table(runs: dict[str, list[dict]], sources: dict[str, str]) -> tuple[s
             "end", "each seed", "supervised", "compute", "seconds"]  # fmt: skip
     said = "Equal supervision: {supervised:,} tokens. Equal compute: {compute:,}.\n\n"
     return said.format(**budgets) + tables.table(head, rows), points
+
+
+def summary(points: dict[str, dict]) -> str:
+    """Markdown: a row per method, a column per world, at equal supervision, then equal compute."""
+    names, parts = list(dict.fromkeys(name for found in points.values() for name in found)), []
+    for number, title in enumerate(("supervision", "compute")):
+        rows = [[f"`{name}`", *(plus_minus(found[name][number], "{:.2f}".format)
+                                if name in found else "-" for found in points.values())]
+                for name in names]  # fmt: skip
+        parts.append(f"## At equal {title}\n\n{tables.table(['method', *points], rows)}\n")
+    return "\n".join(parts)
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -144,23 +155,24 @@ def main(argv=None) -> None:
     build_worlds(args.worlds)
     run_all(todo, args.runs, args.jobs, [])
     kept = args.out / "rivals.json"
-    record, parts, last = json.loads(kept.read_text())["runs"] if kept.exists() else {}, [], {}
+    record, parts, found = json.loads(kept.read_text())["runs"] if kept.exists() else {}, [], {}
     for world in args.worlds:
         record[world] = {name: [curve(run_folder(args.runs, cells[world, name], seed))
                                 for seed in args.seeds] for name in rows_of(world)}  # fmt: skip
     for world in sorted(record, key=list(toy.WORLDS).index):
-        text, points = world_table(record[world], rows_of(world))
+        text, found[world] = world_table(record[world], rows_of(world))
         parts.append(f"## {world}: {toy.world(world).about}\n\n{text}\n")
-        last |= {f"{world} {name}": equal_compute for name, (_, equal_compute) in points.items()}
     said = " ".join(["python benchmarks/rivals.py", *(argv or sys.argv[1:])])
     where = machine.describe("cpu", 1, f"{args.jobs} runs at a time")
     head = "# Where to listen to the teacher\n\nWritten by `python benchmarks/rivals.py`, which "
     head += f"explains the columns, last `{said}`. {where}. Mean ± standard error.\n"
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "rivals.md").write_text("\n".join([head, *parts]))
+    (args.out / "rivals.md").write_text("\n".join([head, summary(found), *parts]))
     content = {"command": said, "machine": where, "seeds": args.seeds, "runs": record}
     (args.out / "rivals.json").write_text(json.dumps(content) + "\n")
-    print("\n".join(parts))
+    print("\n".join([*parts, summary(found)]))
+    last = {f"{world} {name}": statistics.mean(values) for world, points in found.items()
+            for name, (_, values) in points.items()}  # fmt: skip
     tables.print_json(last, 4)
 
 

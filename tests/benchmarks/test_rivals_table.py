@@ -42,7 +42,10 @@ def test_accuracies_are_read_at_equal_cost(tmp_path):
     assert runs["opd"][1] == {"accuracy": [0.2, 0.5, 0.6], "supervised": [0, 100, 200],
                               "compute": [0, 400, 800], "seconds": 5.0, "repeated": 0.0}
     text, points = rivals.world_table(runs, {"opd": "plain", "release": "a paper"})
-    assert points == {"opd": [pytest.approx(0.45)] * 2, "release": [pytest.approx(0.9)] * 2}
+    means = {name: [sum(x) / len(x) for x in both] for name, both in points.items()}
+    assert means == {"opd": [pytest.approx(0.45)] * 2, "release": [pytest.approx(0.9)] * 2}
+    matrix = rivals.summary({"varied": points})
+    assert matrix.count("| `opd` | 0.45 ± ") == 2 and "| method | varied |" in matrix
     assert "Equal supervision: 100 tokens. Equal compute: 400." in text
     row = next(line for line in text.splitlines() if line.startswith("| `release`"))
     assert row.count("+0.450 [-0.185, +1.085]") == 2 and "| a paper |" in row
