@@ -54,10 +54,9 @@ def main(argv=()) -> None:
     sizes, rows, last = {name: plan.sizes(config) for name, config in MODELS.items()}, [], {}
     for student, teacher in PAIRS:
         for tokens in (8192, 16384):
-            words = f"--preset lgr-paper --student x --dtype bfloat16 --device cpu --plan {GPUS} "
-            words = f"{words} --max-new-tokens {tokens}".split()
-            args = flags.parse("train.py", train.FLAGS, train.METHODS, train.PRESETS, words)[1]
-            args.device = "cuda"  # not asked for on the command line: there may be none here
+            words = f"--preset lgr-paper --student x --plan {GPUS} --max-new-tokens {tokens}"
+            table = train.FLAGS, train.METHODS, train.PRESETS, words.split()
+            args = flags.parse("train.py", *table)[1]
             how, cells = (sizes[student], sizes[teacher], PROMPT, args.lgr_top_k), []
             for P in plan.PROCESSES:
                 peak = plan.peak(plan.peaks(args, P, *how)) / plan.GIB

@@ -144,10 +144,11 @@ def left_open(parser, args, origins) -> dict:
     found = {"difficulty": toy.world(args.toy).moves} if args.difficulty is None else {}
     if args.problems is None and origins.get("max_new_tokens") == "default":
         found["max_new_tokens"] = toy.response_limit(found.get("difficulty", args.difficulty))
+    there = torch.cuda.is_available() or getattr(args, "plan", 0)  # planned for, from a laptop
     if args.device is None:
-        found["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        found["device"] = "cuda" if there else "cpu"
     device = found.get("device", args.device)
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not there:
         parser.error("--device cuda: PyTorch sees no GPU here")
     if args.dtype is None:
         found["dtype"] = "bfloat16" if device == "cuda" else "float32"

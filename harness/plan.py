@@ -23,7 +23,8 @@ while it is read, 2 b N_L / L.
     update           M x `activations`, and their gradients in a layer; in bfloat16 autocast's
                      copies of the weights, b N
 
-Not in it: what the allocator wastes (a tenth, say), NCCL's buffers, CUDA itself (half a GiB each).
+For a GPU in bfloat16, unless --device and --dtype say otherwise. Not in it: what the allocator
+wastes (a tenth, say), NCCL's buffers, CUDA itself (half a GiB each).
 """
 
 import argparse
@@ -53,13 +54,13 @@ def sizes(config) -> SimpleNamespace:
     layers = [module for module in model.modules() if type(module).__name__ in names]
     in_layers = sum(p.numel() for layer in layers for p in layer.parameters())
     total, heads = sum(p.numel() for p in model.parameters()), text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    each = getattr(text, "head_dim", None) or text.hidden_size // heads
     active = getattr(text, "num_experts_per_tok", None)
     inner = getattr(text, "moe_intermediate_size", None) if active else None
     inner = inner * active if inner else getattr(text, "intermediate_size", 4 * text.hidden_size)
-    kv = width * (getattr(text, "num_key_value_heads", None) or heads)
+    kv = each * (getattr(text, "num_key_value_heads", None) or heads)
     return SimpleNamespace(N=total, N_L=in_layers, N_R=total - in_layers, L=max(len(layers), 1),
-                           D=text.hidden_size, I=inner, q=width * heads, kv=kv,
+                           D=text.hidden_size, I=inner, q=each * heads, kv=kv,
                            V=text.vocab_size)  # fmt: skip
 
 
@@ -103,9 +104,9 @@ def peaks(args, P: int, student, teacher, longest: int, K: int) -> dict:
     scoring = {"rows": batch, "pass": M * width(t, b_T) + gathered,
                "cache": M * 2 * t.L * t.kv * b_T * lookahead,
                "leaves": leaves * (width(t, b_T) + T) * lookahead, "head": head}  # fmt: skip
-    kept = activations(s, b, args.gradient_checkpointing) + width(s, b)
+    held = activations(s, b, args.gradient_checkpointing) + width(s, b)
     update = {"rows": batch, "gradient": 4 * s.N / share, "weights in use": own, "head": head,
-              "activations": M * kept}  # fmt: skip
+              "activations": M * held}  # fmt: skip
     return {"always": always, "sampling": sampling, "scoring": scoring, "update": update}
 
 

@@ -156,8 +156,7 @@ def test_a_pair_of_the_paper_fits_when_it_is_spread():
     for billions, config in PAPERS.values():
         sizes.append(plan.sizes(config))
         assert sizes[-1].N / 1e9 == pytest.approx(billions, rel=0.01)
-    flags = ("--preset release-paper --dtype bfloat16 --device cpu --student x --plan 80 "
-             "--max-new-tokens 8192").split()  # fmt: skip
+    flags = "--preset release-paper --student x --plan 80 --max-new-tokens 8192".split()
     lines = plan.table(parse(flags), *sizes, 512, 4).splitlines()
     verdicts = dict(line.strip().split(" of 80 GiB: ") for line in lines if " of 80 " in line)
     assert verdicts["1"] == "nothing makes it fit"
