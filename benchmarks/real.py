@@ -85,7 +85,7 @@ def train_all(args, todo: list[tuple[str, int, Path]]) -> None:
                 pass
             else:
                 del running[out]
-                if not process.returncode:  # 3 GB each, which nobody goes on from
+                if (out / "student").exists():  # 3 GB each, which nobody goes on from
                     shutil.rmtree(out / "checkpoints", ignore_errors=True)
                 else:
                     for other, _ in running.values():

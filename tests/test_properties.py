@@ -38,12 +38,13 @@ EXEMPT = {
     "records without behaviour": "release_rule.ChangePoint logprobs.TokenStats rollout.Rollout "
     "toy.World toy.Stage harness.Position harness.Checkpoint diagnose.Options diagnose.Job",
     "commands, run with bad and good flags by the tests of their files": "evaluate.main "
-    "evaluate.run toy.main toy.run toy.parse train.main harness.main",
+    "evaluate.run toy.main toy.run toy.parse train.main harness.main harness.show",
     "begin, resume and end the command; test_resume.py kills and starves it": "harness.start "
     "harness.open_run harness.written_down harness.end_when_told harness.end_with_error",
     "train models for minutes, or evaluate them all": "toy.fit toy.spoil toy.rebuild "
     "toy.build_world toy.train_models toy.table toy.print_tables",
-    "join a process group": "harness.start_processes",
+    "join a process group; test_shard.py runs two and four": "harness.start_processes "
+    "harness.Shards harness.whole harness.spread_like harness.in_turn",
     "look at a run; test_track.py compares each with log.jsonl": "harness.check harness.flat "
     "harness.named harness.tracker harness.draw",
     "draw on a terminal; test_evaluate.py reads what is told": "evaluate.SamplingBar",

@@ -6,7 +6,8 @@ import pytest
 from runs import parse
 
 import toy
-from benchmarks import rivals
+import train
+from benchmarks import rivals, runs
 
 
 def test_every_row_is_a_command_and_has_a_source():
@@ -49,6 +50,16 @@ def test_accuracies_are_read_at_equal_cost(tmp_path):
     assert "Equal supervision: 100 tokens. Equal compute: 400." in text
     row = next(line for line in text.splitlines() if line.startswith("| `release`"))
     assert row.count("+0.450 [-0.185, +1.085]") == 2 and "| a paper |" in row
+
+
+def test_a_run_that_is_told_to_stop_is_not_taken_for_a_finished_one(tmp_path, monkeypatch):
+    """A signal ends train.py with exit code 0."""
+    monkeypatch.setattr(train, "main", lambda argv: None)
+    monkeypatch.setattr(runs.os, "dup2", lambda *_: None)
+    with pytest.raises(RuntimeError, match="told to stop"):
+        runs.train_here([], tmp_path / "opd-0.1-seed0.txt")
+    (tmp_path / "opd-0.1-seed0" / "student").mkdir(parents=True)
+    runs.train_here([], tmp_path / "opd-0.1-seed0.txt")
 
 
 def test_worlds_are_added_to_those_that_were_run_before(tmp_path, monkeypatch, capsys):

@@ -50,8 +50,9 @@ def test_every_command_looks_for_the_project_first():
     """Else `import lgr` in a command would find the benchmark of that name."""
     commands = [path for path in (ROOT / "benchmarks").glob("*.py")
                 if 'if __name__ == "__main__"' in path.read_text()]  # fmt: skip
-    names = "answers compare figures lgr logprobs real release rivals rollout soak step stops"
-    assert sorted(path.stem for path in commands) == [*names.split(), "verdicts"]
+    names = "answers compare figures lgr logprobs long noise plan real release rivals rollout"
+    names = f"{names} soak step stops verdicts".split()
+    assert sorted(path.stem for path in commands) == names
     project = {path.stem for path in ROOT.glob("*.py")} | {"benchmarks", "harness"}
     for path in commands:
         for line in path.read_text().splitlines():
