@@ -188,7 +188,7 @@ def group_reward(confidence_BTK, *, normalize: str = "std", eps: float = 1e-6) -
     All 0 where candidates are equal or alone, and in a group that holds a nan or an infinity.
     normalize: "std" (the paper: the unbiased one), "mean" (the authors' script: no division) or
         "guard" (their code with its switch on: by std alone, where it is above 1e-8).
-    eps: damps groups that differ by less; 1e-3 is better than 1e-6 where many do (results/eps).
+    eps: damps the rewards of groups that differ by less than it.
     Raises ValueError for another normalize, and eps < 0.
 
     >>> [round(r, 3) for r in group_reward(torch.tensor([0.9, 0.5, 0.1, 0.1])).tolist()]

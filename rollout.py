@@ -44,7 +44,7 @@ def sample_token(logits_SV, temperature, uniform_S, top_k, stop_class=None, entr
 
     The token is the first whose cumulative probability exceeds the row's uniform number, a float64
     in [0, 1).  Temperature 0 takes the most probable token, with the statistics of temperature 1.
-    Returns token_S, logp_S (nats), entropy_S (nats), topk_ids_SK. The last two: see `generate`.
+    Returns token_S, logp_S and entropy_S (nats), topk_ids_SK. Other arguments: see `generate`.
 
     >>> logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25]]))
     >>> uniform = torch.tensor([0.49, 0.51], dtype=torch.float64)

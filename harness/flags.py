@@ -16,7 +16,7 @@ from harness.cli import BIG, MANY, MOST_THREADS, TINY, Parser, complain, number,
 
 ANY, COUNT, POSITIVE = (0, BIG), (1, MANY), (TINY, BIG)  # limits: [lowest, highest]
 SHARE = (1e-6, 1 - 1e-6)
-SHARD = ("none", "teacher", "both")
+SHARD = ["none", "teacher", "both"]
 DTYPES = ["float32", "bfloat16"]
 MACHINE = {
     "run": [
@@ -72,7 +72,7 @@ MACHINE = {
         ("--micro-batch", 0, ANY, "most rows per forward pass; 0: any number"),
         ("--tokens-per-micro-batch", 32768, ANY, "most tokens per pass, padding included; 0: any"),
         ("--fast", "on", ["on", "off"], "faster versions of the same computations (fast/)"),
-        ("--shard", "none", [*SHARD], "spread models over the processes: see harness/shard.py"),
+        ("--shard", "none", SHARD, "spread models over the processes: see harness/shard.py"),
         ("--device", None, ["cpu", "cuda"], "(cuda where there is one)"),
         ("--dtype", None, DTYPES, "of matrix products (bfloat16 on cuda, else float32)"),
         ("--teacher-dtype", None, DTYPES, "of the teacher (--dtype)"),
@@ -81,7 +81,8 @@ MACHINE = {
     ],
 }  # fmt: skip
 # What a resumed run may change: but for where it ends, and rounding, nothing depends on these.
-MAY_CHANGE = "out plan preset resume shard steps checkpoint_every max_skipped_steps timeout track"
+MAY_CHANGE = ("out plan preset resume shard steps checkpoint_every max_skipped_steps timeout "
+              "track").split()  # fmt: skip
 
 
 def add_flags(group, rows) -> None:

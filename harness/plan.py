@@ -36,6 +36,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from harness.cli import first_line
+from harness.flags import SHARD
 from logprobs import DIVERGENCES
 from rollout import PREFILL
 
@@ -118,9 +119,9 @@ def peak(found: dict) -> float:
 
 def levers(args, T: int):
     """(flags to add, what args become): nothing first, then what costs little, then ever more."""
-    shards, b = ("none", "teacher", "both"), args.sample_batch
+    b = args.sample_batch
     for batch, shard, checkpointing, tokens in itertools.product(
-        [n for n in (b, 64, 16, 4, 1) if n <= b], shards[shards.index(args.shard) :],
+        [n for n in (b, 64, 16, 4, 1) if n <= b], SHARD[SHARD.index(args.shard) :],
         (args.gradient_checkpointing, True), (args.tokens_per_micro_batch, T),
     ):  # fmt: skip
         new = {"sample_batch": batch, "shard": shard, "gradient_checkpointing": checkpointing,

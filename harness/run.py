@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import teachability
-from harness import checkpoint, flags, log, pair, plan, signals, track
+from harness import checkpoint, flags, log, pair, plan, shard, signals, track
 from harness.cli import first_line, tell
 from harness.data import pad_id
 from harness.processes import Stopwatch, batch_order, gather_objects, my_share, row_generator
@@ -265,7 +265,7 @@ class Run:
         if config is None:
             return None
         fixed = self.needs.progress or "-" in (self.args.train_tokens or "")
-        may_change = [name for name in flags.MAY_CHANGE.split() if name != "steps" or not fixed]
+        may_change = [name for name in flags.MAY_CHANGE if name != "steps" or not fixed]
         if changed := checkpoint.changed_flags(config, vars(self.args), may_change):
             raise ValueError(f"--resume: {out} is a run with other flags: {'; '.join(changed)}")
         if config.get("problems_sha256") != self.fingerprint():
@@ -280,9 +280,13 @@ class Run:
     def restore(self, path: Path) -> None:
         """Put the checkpoint in that folder back. ValueError: it is of another student."""
         self.position = Position.of(path)
-        try:
+
+        def put_back():
             found = checkpoint.read(path)
             checkpoint.restore(found, self.trained, self.optimizer, self.scheduler)
+
+        try:
+            shard.in_turn(put_back) if self.shards.kind == "both" else put_back()
             if self.rank < len(self.position.random):
                 checkpoint.set_random_state(self.position.random[self.rank])
         except Exception as error:  # whatever the libraries make of it
@@ -299,11 +303,13 @@ class Run:
         claim.check()
         path = checkpoint.newest(claim.out, found)
         (claim.out / "faults" / "first.txt").unlink(missing_ok=True)
-        resumed = {"step": self.position.step}
-        for name in ("commit", "device", "processes", "threads", "versions", "started"):
-            resumed[name] = now[name]
-            if config.get(name) != now[name] and name != "started":
-                what = f"--resume: {name} {config.get(name)!s:.200}, now {now[name]}"
+        names = "commit", "device", "processes", "threads", "versions"
+        resumed = {"step": self.position.step} | {name: now[name] for name in (*names, "started")}
+        pairs = {name: (config.get(name), now[name]) for name in names}
+        pairs["--shard"] = config["flags"].get("shard", "none"), self.args.shard
+        for name, (then, this) in pairs.items():
+            if then != this:
+                what = f"--resume: {name} {then!s:.200}, now {this}"
                 tell("train.py", f"{what}: the run may go on otherwise than it would have")
         changed = {"flags": now["flags"], "origins": now["origins"]}
         changed["resumed"] = [*config.get("resumed", []), resumed]

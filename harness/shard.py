@@ -32,8 +32,12 @@ from harness.processes import gather_objects, raise_on_all_ranks
 
 
 def whole(tensor) -> torch.Tensor:
-    """All of a tensor that may be spread; all processes must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """All of a tensor that may be spread; all processes must ask. One that is goes to the CPU of
+    process 0, and nowhere else: a whole student with its moments is too much for a GPU."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = tensor.full_tensor()
+    return full.cpu() if dist.get_rank() == 0 else full.new_empty(0)
 
 
 def spread_like(tensor, like) -> torch.Tensor:
@@ -66,6 +70,10 @@ class Shards:
         self.kind, self.device = kind if dist.is_initialized() else "none", device
         self.dtype, self.mesh, self.idle = getattr(torch, dtype), None, False
         self.teacher = self.trained = self.sampler = self.student = None
+        self.policy = {}  # as under autocast: the residual stream stays float32
+        if self.dtype != torch.float32:
+            kept = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
+            self.policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=self.dtype, **kept)}
         if self.kind != "none":
             self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
 
@@ -84,33 +92,28 @@ class Shards:
         if flag == "--teacher":
             tied = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
             self.teacher = model.requires_grad_(False)
-            self._spread(model.base_model, model, ignored_params=tied)
+            self._spread_layers(model)
+            self._spread_rest(model.base_model, ignored_params=tied)
             return model.to(self.device)
         self.sampler = copy.deepcopy(model).to(self.device, self.dtype).requires_grad_(False)
-        policy = {}
-        if self.dtype != torch.float32:  # as under autocast: the residual stream stays float32
-            kept = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
-            policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=self.dtype, **kept)}
-        self.trained, self.policy = model, policy
-        for layer in self._layers(model):
-            fully_shard(layer, mesh=self.mesh, **policy)
+        self.trained = model
+        self._spread_layers(model, **self.policy)
         return self.sampler
 
-    def _layers(self, model) -> list[torch.nn.Module]:
+    def _spread_layers(self, model, **how):
         names = getattr(model, "_no_split_modules", None) or ()
-        return [module for module in model.modules() if type(module).__name__ in names]
-
-    def _spread(self, root, model, **how):
-        for layer in self._layers(model):
+        for layer in [module for module in model.modules() if type(module).__name__ in names]:
             fully_shard(layer, mesh=self.mesh, **how)
-        fully_shard(root, mesh=self.mesh, **how)
-        root.register_forward_pre_hook(self._announce, prepend=True)
+
+    def _spread_rest(self, called, **how):
+        fully_shard(called, mesh=self.mesh, **how)
+        called.register_forward_pre_hook(self._announce, prepend=True)
 
     def finish(self, student) -> None:
         """Spread what is left of the student, in the module `student` that is called to train."""
         if self.kind == "both":
             self.student = student
-            self._spread(student, student, **self.policy)
+            self._spread_rest(student, **self.policy)
 
     def _vote(self, mine: int) -> bool:
         votes = torch.tensor(float(mine), device=self.device)
@@ -122,7 +125,8 @@ class Shards:
             self._vote(1)
 
     def settle(self, empty=None) -> None:
-        """Take part in the passes that other processes still make of the teacher, by empty ones."""
+        """Take part, by empty passes, in those that other processes still make: of the teacher, or
+        as `empty` makes them."""
         while self.kind != "none" and self._vote(0):
             self.idle = True
             (empty or self._empty_of_teacher)()

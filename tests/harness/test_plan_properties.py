@@ -38,8 +38,13 @@ def test_more_processes_and_the_flags_that_are_named_never_take_more(
     parts = [value for phase in found.values() for value in phase.values()]
     assert min(parts) >= 0 and math.isfinite(sum(parts))
     assert max(sum(phase.values()) for phase in found.values()) <= plan.peak(found) <= sum(parts)
-    if shard != "teacher":  # gathered layers may be more than the teacher's share of a tiny one
-        assert plan.peak(found) <= 1.01 * plan.peak(plan.peaks(args, 1, *how)) or shard == "both"
+    whole, share = plan.peaks(args, 1, *how), P if shard == "both" else 1
+    assert found["always"]["student and moments"] * share == 12 * student.N
+    assert found["update"]["gradient"] * share == 4 * student.N
+    assert found["sampling"]["keys and values"] <= whole["sampling"]["keys and values"]
+    assert found["always"]["teacher"] <= whole["always"]["teacher"]
+    if shard == "none":
+        assert plan.peak(found) <= plan.peak(whole)
     words = plan.fit(args, P, *how)
     if words != "nothing makes it fit":
         new = parse([*flags, "--plan", gib, "--dtype", dtype, *words.split()])

@@ -88,6 +88,17 @@ def test_a_process_that_keeps_no_token_takes_part(tmp_path):
     assert_close(tmp_path / "both", tmp_path / "none")
 
 
+def interrupted(cwd, number, *flags):
+    """A run in two processes that get this signal after three steps, to its end."""
+    started = forked.start_ranks([*FORK, *flags, "--out", "run"], cwd, FEW)
+    log = cwd / "run" / "log.jsonl"
+    while not (log.exists() and log.read_text().count('"loss"') >= 3):
+        time.sleep(0.01)
+    for process, _ in started:
+        os.kill(process.pid, number)
+    return [forked.finish(*one, 60) for one in started]
+
+
 FINE = """
 import os
 update = train.update
@@ -105,11 +116,16 @@ train.update = noted
 def test_bfloat16_and_checkpointing_of_activations(tmp_path):
     """The copy that samples is in bfloat16, whole students are float32 under autocast: the same to
     that rounding. Gradients are summed up in float32: most have more digits than bfloat16 holds."""
-    flags = "--method", "lgr", "--dtype", "bfloat16", "--gradient-checkpointing", "--steps", "1"
+    flags = ("--method", "lgr", "--dtype", "bfloat16", "--gradient-checkpointing", "--steps", "1",
+             "--save-dtype", "float32")  # fmt: skip
     for shard in ("none", "both"):
         more = "--clip-grad", "0", "--micro-batch", "0", "--shard", shard, "--out", shard
         ranks(2, tmp_path, *flags, *more, code=FINE)
         assert min(float((tmp_path / f"fine-{rank}").read_text()) for rank in (0, 1)) > 0.3
+        path = tmp_path / shard
+        held = checkpoint.read(checkpoint.newest(path)).groups["student"]
+        saved = load_file(path / "student" / "model.safetensors")
+        assert all(torch.equal(tensor, held[name]) for name, tensor in saved.items())
     (a, _), (b, _) = (read_log(tmp_path / name) for name in ("none", "both"))
     for key in ("entropy", "grad_norm", "response_tokens"):
         assert math.isclose(a[0][key], b[0][key], rel_tol=0.1), key
@@ -120,35 +136,46 @@ def test_killed_and_resumed_is_bit_for_bit_and_any_number_goes_on(tmp_path):
     numbers of processes, and whole models."""
     flags = ("--method", "lgr", "--shard", "both", "--checkpoint-every", "2", "--steps", "5")
     ranks(2, tmp_path, *flags, "--out", "whole")
-    started = forked.start_ranks([*FORK, *flags, "--out", "run"], tmp_path, FEW)
-    log = tmp_path / "run" / "log.jsonl"
-    while not (log.exists() and log.read_text().count('"loss"') >= 3):
-        time.sleep(0.01)
-    for process, _ in started:
-        os.kill(process.pid, signal.SIGKILL)
-    for one in started:
-        forked.finish(*one)
+    interrupted(tmp_path, signal.SIGKILL, *flags)
     done = ranks(2, tmp_path, *flags, "--out", "run", "--resume")
     assert "resuming from" in done[0].stderr
     assert soak.lines_of(tmp_path / "run") == soak.lines_of(tmp_path / "whole")
     assert soak.differences(tmp_path / "run", tmp_path / "whole") == []
     more = "--shard", "none", "--resume", "--steps", "6", "--out", "run"
-    forked.run([*FORK, *flags, *more], tmp_path, FEW)
+    alone = forked.run([*FORK, *flags, *more], tmp_path, FEW)
+    assert "--resume: --shard both, now none: the run may go on otherwise" in alone.stderr
     ranks(4, tmp_path, *flags, "--resume", "--steps", "6", "--out", "whole")
     assert_close(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_signal_ends_a_spread_run_in_time_and_its_checkpoint_stays(tmp_path):
     flags = ("--method", "opd", "--shard", "both", "--checkpoint-every", "2", "--steps", "50")
-    started = forked.start_ranks([*FORK, *flags, "--out", "run"], tmp_path, FEW)
-    log = tmp_path / "run" / "log.jsonl"
-    while not (log.exists() and log.read_text().count('"loss"') >= 3):
-        time.sleep(0.01)
-    for process, _ in started:
-        os.kill(process.pid, signal.SIGTERM)
-    done = [forked.finish(*one, 60) for one in started]
+    done = interrupted(tmp_path, signal.SIGTERM, *flags)
     assert {one.returncode for one in done} == {0}, [one.stderr[-1500:] for one in done]
     assert checkpoint.step_of(checkpoint.newest(tmp_path / "run")) % 2 == 0
+
+
+GATHERED = """
+import json, os
+capture = train.harness.checkpoint.capture
+def noted(*objects):
+    out = capture(*objects)
+    tensors = [tensor for group in out[0].values() for tensor in group.values()]
+    found = sum(t.numel() for t in tensors if t.dim()), {str(t.device) for t in tensors}
+    with open(f"gathered-{os.environ['RANK']}.json", "w") as file:
+        json.dump([found[0], sorted(found[1])], file)
+    return out
+train.harness.checkpoint.capture = noted
+"""
+
+
+def test_a_checkpoint_is_gathered_on_the_cpu_of_one_process(tmp_path):
+    """A student with its moments takes 12 bytes per parameter: no GPU need hold that."""
+    ranks(2, tmp_path, "--method", "opd", "--shard", "both", "--out", "run", code=GATHERED)
+    one, two = (json.loads((tmp_path / f"gathered-{rank}.json").read_text()) for rank in (0, 1))
+    held = checkpoint.read(checkpoint.newest(tmp_path / "run")).groups
+    total = sum(t.numel() for group in held.values() for t in group.values() if t.dim())
+    assert one == [total, ["cpu"]] and two[0] == 0
 
 
 BROKEN = """
@@ -206,7 +233,8 @@ def test_a_step_of_long_responses_stays_within_the_plan(tmp_path):
     found = plan.peaks(parse(flags), 2, *sizes, 16, 8)
     bound = 1.25 * (plan.peak(found) - sum(found["always"].values())) / 2**20 + 32
     peaks = [json.loads((tmp_path / f"peak-{rank}.json").read_text()) for rank in (0, 1)]
-    assert 0 < max(peaks) < bound, (peaks, bound)
+    print(f"peaks {peaks} MiB, bound {bound:.0f}")
+    assert 0 < max(peaks) < bound
 
 
 def test_two_nodes_and_one_that_dies(tmp_path):
