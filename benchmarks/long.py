@@ -1,6 +1,6 @@
 """How a step's time and memory grow with the length of responses, phase by phase.
 
-    python benchmarks/long.py                             1k, 4k and 16k tokens: ten minutes
+    python benchmarks/long.py                             1k, 4k and 16k tokens: four minutes
     python benchmarks/long.py --lengths 256 1024
 
 One prompt, a response of exactly so many tokens, `--method lgr`, a random pair (4 and 6 layers,
@@ -52,18 +52,21 @@ def step(words: list[str]) -> dict[str, tuple[float, float]]:
 def attention_share(T: int) -> float:
     """Of the operations of a teacher's pass over T tokens, head included."""
     shape = shapes.PAIRS["small"][1]
-    config = shapes.random_model(shape, 8)
-    token, column, head = shapes.costs(config, shape.vocabulary)
+    token, column, head = shapes.costs(shapes.random_model(shape, 8), shape.vocabulary)
     return column * T / 2 / (token + head + column * T / 2)
+
+
+def parse(argv=None, tokens=0) -> argparse.Namespace:
+    """The command line, and what `our_side.pair_flags` reads beside it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 16384])
+    machine.add_flags(parser)
+    return argparse.Namespace(**vars(parser.parse_args(argv)), prompts=1, tokens=tokens)
 
 
 def main(argv=None) -> None:
     """Measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 16384])
-    machine.add_flags(parser)
-    args, last, first = parser.parse_args(argv), {}, None
-    args.prompts = 1
+    args, last, first = parse(argv), {}, None
     machine.quiet()
     tables.print_head("tokens", "attention", *(x for p in PHASES for x in (f"{p}, s", "MiB")))
     for T in args.lengths:

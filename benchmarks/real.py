@@ -44,6 +44,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train  # noqa: E402
 from benchmarks import machine, style, tables  # noqa: E402
 from benchmarks.held_out import PARTS, Ruler  # noqa: E402
 
@@ -262,6 +263,9 @@ def parse(argv=None) -> argparse.Namespace:
     for name in ("teacher", "student", "train.jsonl", "heldout.jsonl", "open.jsonl"):
         if not (args.pair / name).exists():
             parser.error(f"--pair {args.pair}: no {name}; python examples/smollm2/prepare.py")
+    for method in args.methods:
+        if method.split()[:1] not in [[name] for name in train.METHODS]:
+            parser.error(f"--methods {method!r}: none of {', '.join(train.METHODS)}")
     settings = f"{args.steps}x{args.prompts_per_step}x{args.max_new_tokens}-lr{args.lr:g}"
     args.runs = args.runs / settings
     args.out = args.out or (args.runs if args.quick else ROOT / "results")

@@ -27,7 +27,9 @@ SHAPES = {
     "medium": Shape(6, 512, 8, 4, 64, 1536, 8192),
     "qwen3-0.6b": Shape(28, 1024, 16, 8, 128, 3072, 151936),
     "qwen3-1.7b": Shape(28, 2048, 16, 8, 128, 6144, 151936),
+    "qwen3-4b": Shape(36, 2560, 32, 8, 128, 9728, 151936),
     "qwen3-8b": Shape(36, 4096, 32, 8, 128, 12288, 151936),
+    "qwen3-32b": Shape(64, 5120, 64, 8, 128, 25600, 151936),
 }
 PAIRS = {  # student, teacher
     # 1.3M and 5.8M parameters
@@ -36,10 +38,8 @@ PAIRS = {  # student, teacher
 }
 
 
-def random_model(
-    shape: Shape, longest: int, *, seed=0, device="cpu", dtype=torch.float32, **config
-):
-    """A random Qwen3 for texts of up to `longest` tokens; `config`: more of its settings."""
+def config_of(shape: Shape, longest: int, **config) -> Qwen3Config:
+    """For texts of up to `longest` tokens; `config`: more of its settings."""
     settings = {
         "vocab_size": shape.vocabulary, "hidden_size": shape.hidden,
         "intermediate_size": shape.feed_forward, "num_hidden_layers": shape.layers,
@@ -48,9 +48,16 @@ def random_model(
         "tie_word_embeddings": shape.hidden < 4096,
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
     }  # fmt: skip
+    return Qwen3Config(**settings | config)
+
+
+def random_model(
+    shape: Shape, longest: int, *, seed=0, device="cpu", dtype=torch.float32, **config
+):
+    """A random Qwen3, see `config_of`."""
     torch.manual_seed(seed)
     with torch.device(device):
-        model = Qwen3ForCausalLM(Qwen3Config(**settings | config))
+        model = Qwen3ForCausalLM(config_of(shape, longest, **config))
     return model.to(dtype).eval().requires_grad_(False)
 
 

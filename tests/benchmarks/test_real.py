@@ -116,6 +116,12 @@ def test_a_method_brings_flags_that_override(pair):
     assert found.max_new_tokens == args.max_new_tokens == 96
 
 
+def test_a_method_that_there_is_none_of_is_refused_at_once(pair, capsys):
+    with pytest.raises(SystemExit) as left:
+        real.parse(["--pair", str(pair), "--methods", "opd", "odp --steps 3"])
+    assert left.value.code == 2 and "--methods 'odp --steps 3'" in capsys.readouterr().err
+
+
 def test_quick_measures_before_and_after_and_says_so(quick):
     out, _ = quick
     found, page = json.loads((out / "real.json").read_text()), (out / "real.md").read_text()
