@@ -7,7 +7,7 @@ The student writes responses; the same teacher in float64, float32 and bfloat16 
 from each token with an entropy above 0.2 nats, at the student's 8 likeliest. Columns:
 
     flat       share of groups whose confidences differ by less than 0.001 in float64
-    of them    their share in the sum of squared rewards: what does not matter, and is paid for
+    of them    their share in the sum of squared rewards
     float32, bfloat16    sum of squared errors to float64's rewards over the sum of their squares:
                0 is exact, 1 as large as the reward, 2 nothing in common
 

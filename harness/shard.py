@@ -8,11 +8,11 @@ Every pass of a spread model needs all processes, and they have different number
 of micro-batches, of leaves. So before a pass all vote, and who has none left makes an empty one,
 until nobody has any (`settle`).
 
-Sampling does not vote, or a step would last as long as its longest response on any process: under
-`both` each process samples with a whole copy of the student, of the type in --dtype, gathered anew
-before every step (`refresh`). P processes and N parameters: the student takes 16 N / P bytes for
-weights, gradients and moments, and 2 N for the copy in bfloat16. The teacher's embeddings and head
-stay whole, since the head is read outside of its forward pass.
+Sampling would gather all layers for every token. So under `both` each process samples with a whole
+copy of the student, of the type in --dtype, gathered anew before every step (`refresh`). Of P
+processes and N parameters, the student takes 16 N / P bytes for weights, gradients and moments, and
+2 N for the copy in bfloat16. The teacher's embeddings and head stay whole, since the head is read
+outside of its forward pass.
 
 A checkpoint is gathered and written whole, as without --shard: any number of processes goes on from
 it. Under `both` that takes all processes, so whatever ends the run leaves the last periodic one.
