@@ -88,12 +88,19 @@ def test_a_process_that_keeps_no_token_takes_part(tmp_path):
     assert_close(tmp_path / "both", tmp_path / "none")
 
 
+def wait_for(log, steps, alive, seconds=120):
+    """Until so many steps are in the log; an error where a process ends before, or none comes."""
+    end = time.monotonic() + seconds
+    while not (log.exists() and log.read_text().count('"loss"') >= steps):
+        assert all(is_alive() for is_alive in alive), f"ended before step {steps}"
+        assert time.monotonic() < end, f"no step {steps} in {seconds} seconds"
+        time.sleep(0.01)
+
+
 def interrupted(cwd, number, *flags):
     """A run in two processes that get this signal after three steps, to its end."""
     started = forked.start_ranks([*FORK, *flags, "--out", "run"], cwd, FEW)
-    log = cwd / "run" / "log.jsonl"
-    while not (log.exists() and log.read_text().count('"loss"') >= 3):
-        time.sleep(0.01)
+    wait_for(cwd / "run" / "log.jsonl", 3, [process.is_alive for process, _ in started])
     for process, _ in started:
         os.kill(process.pid, number)
     return [forked.finish(*one, 60) for one in started]
@@ -257,10 +264,7 @@ def test_two_nodes_and_one_that_dies(tmp_path):
                 for node in (0, 1)]  # fmt: skip
 
     one, two = agents("--steps", "500")
-    log = tmp_path / "run" / "log.jsonl"
-    while not (log.exists() and log.read_text().count('"loss"') >= 2):
-        assert one.poll() is None, one.stderr.read()[-3000:]
-        time.sleep(0.05)
+    wait_for(tmp_path / "run" / "log.jsonl", 2, [lambda: one.poll() is two.poll() is None])
     workers = Path(f"/proc/{two.pid}/task/{two.pid}/children").read_text().split()
     for pid in (two.pid, *map(int, workers)):  # workers lead sessions of their own
         os.kill(pid, signal.SIGKILL)
