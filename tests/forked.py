@@ -48,7 +48,7 @@ def start_ranks(argv, cwd, code="", world=2):
             for rank in range(world)]  # fmt: skip
 
 
-def finish(process, place, seconds=300):
+def finish(process, place, seconds=240):
     """Wait for a run: its `returncode`, `stdout` and `stderr`; one that hangs is killed."""
     process.join(seconds)
     if process.exitcode is None:

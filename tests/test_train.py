@@ -516,8 +516,7 @@ def one_update(rank, world, folder):
         weights = [p.detach() for p in run.student.parameters()]
         torch.save((numbers, weights), folder / f"{world}.pt")
     if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        dist.barrier()  # destroying the group locks up, once in 30 times (gloo's destructors)
 
 
 def test_two_processes_equal_one_with_uneven_counts(tmp_path):
