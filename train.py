@@ -5,7 +5,7 @@ A teacher grades, token by token, what the student itself wrote. A step has six 
   1 sample   the student writes a response to each prompt                            rollout.py
   2 score    ONE teacher forward per row: log-prob of every sampled token and of     logprobs.py
              the student's top-K candidates; with lookahead, leaves off its cache    lgr.py
-  3 mask     q_t, which tokens to supervise                                          masks.py
+  3 mask     q_t, which tokens to supervise                               masks.py, rivals.py
   4 weigh    A_t = log p_T(y_t) - log p_S(y_t) + gamma r_t(y_t);  w_t = q_t / sum q
   5 update   loss = -sum_t w_t A_t log p_S(y_t), and one optimizer step
   6 log      one JSON line
@@ -27,6 +27,7 @@ import harness
 import lgr
 import logprobs
 import masks
+import rivals
 import rollout
 from harness import ANY, COUNT, POSITIVE, SHARE
 
@@ -37,7 +38,7 @@ METHODS = {
     "lgr": ("pg", "none", "on"),
     "lgr_topk": ("topk", "none", "on"),
     "release+lgr": ("pg", "release", "on"),
-    **{name: ("pg", name, "off") for name in masks.CONTROLS + masks.RIVALS},
+    **{name: ("pg", name, "off") for name in (*masks.CONTROLS, *rivals.RIVALS)},
     **{name: (name, "none", "off") for name in logprobs.DIVERGENCES},
 }
 # --preset: flags by name; what is not named keeps its default, which is LGR's authors' setting.
@@ -121,7 +122,7 @@ def needs(args) -> harness.Needs:
         raise ValueError(f"--prefix-tokens {args.prefix_tokens} needs --mask prefix")
     if args.budget == "own" and args.mask != "std":
         raise ValueError(f"--budget own needs --mask std, not {args.mask}")
-    if args.mask in masks.OWN_ADVANTAGE and args.objective != "pg":
+    if args.mask in rivals.OWN_ADVANTAGE and args.objective != "pg":
         raise ValueError(f"--mask {args.mask} has its own advantage: it needs --objective pg")
     if args.lgr_shape == "difference" and args.lgr_signal != "max_prob":
         raise ValueError("--lgr-shape difference needs --lgr-signal max_prob")

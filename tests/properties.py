@@ -19,6 +19,7 @@ from inputs import tiny_model as model_for
 from runs import parse
 
 import masks
+import rivals
 import rollout
 import teachability
 import toy
@@ -215,7 +216,7 @@ def near(a, b, wide):
     torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
 
 
-mask_names = st.sampled_from(["none", "release", *masks.CONTROLS, *masks.RIVALS])
+mask_names = st.sampled_from(["none", "release", *masks.CONTROLS, *rivals.RIVALS])
 
 
 def options(*argv):

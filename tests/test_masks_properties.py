@@ -21,6 +21,7 @@ from runs import bare_run
 
 import masks
 import release_rule
+import rivals
 import teachability
 import train
 
@@ -63,7 +64,7 @@ def test_budgets_are_met_or_refused(x, kind, share, shift):
 
 @prop("masks.none", "masks.release", "masks.std", "masks.prefix", "masks.up_to_the_drop",
       "masks.join", "masks.apply", "masks.parameters", "masks.Mask", examples=60, x=budgets(),
-      seed=seeds, name=st.sampled_from(sorted({*masks.MASKS} - {*masks.RIVALS})),
+      seed=seeds, name=st.sampled_from(sorted({*masks.MASKS} - {*rivals.RIVALS})),
       tokens=st.integers(0, 9))
 def test_a_mask_is_a_beginning_of_every_response(x, seed, name, tokens):
     g = torch.Generator().manual_seed(seed)
@@ -86,9 +87,9 @@ def test_a_mask_is_a_beginning_of_every_response(x, seed, name, tokens):
             assert (out.gain_B[row] > 0) == out.released_B[row]
 
 
-@prop("masks.iw", "masks.reopold", "masks.kat", "masks.overlap", "masks.tip", "masks.no_teacher",
-      "masks.highest", "masks.finite", examples=120, x=budgets(), seed=seeds,
-      name=st.sampled_from(masks.RIVALS), progress=st.floats(0, 1),
+@prop("rivals.iw", "rivals.reopold", "rivals.kat", "rivals.overlap", "rivals.tip",
+      "rivals.no_teacher", "rivals.highest", "masks.finite", examples=120, x=budgets(), seed=seeds,
+      name=st.sampled_from([*rivals.RIVALS]), progress=st.floats(0, 1),
       bad=st.sampled_from([0.0, -torch.inf]), share=st.floats(0.01, 1))
 def test_a_rival_weighs_tokens_of_the_response_alone(x, seed, name, progress, bad, share):
     """Weights are finite, from 0 to 1.5, 0 outside; other rows and the padding change nothing."""
@@ -103,7 +104,7 @@ def test_a_rival_weighs_tokens_of_the_response_alone(x, seed, name, progress, ba
     seen |= {"response_mask_BT": mask_BT, "progress": progress}
     assert set(masks.parameters(name)) <= {*masks.SEEN, *CONSTANTS}
     out = masks.apply(name, seen)
-    assert (out.advantage_BT is not None) == (name in masks.OWN_ADVANTAGE)
+    assert (out.advantage_BT is not None) == (name in rivals.OWN_ADVANTAGE)
     weight_BT = out.keep_BT.float()
     assert finite(weight_BT) and weight_BT.min() >= 0 and weight_BT.max() <= 1.5
     assert not weight_BT[~mask_BT].any()
@@ -114,7 +115,7 @@ def test_a_rival_weighs_tokens_of_the_response_alone(x, seed, name, progress, ba
         rest_T = weight_BT[row, one_1T.shape[1] :]
         torch.testing.assert_close(one_1T[0], weight_BT[row, : one_1T.shape[1]])
         assert not rest_T.any()
-    chosen_BT = masks.highest(seen["logp_BT"], mask_BT, share)
+    chosen_BT = rivals.highest(seen["logp_BT"], mask_BT, share)
     counts_B = (share * x["length_R"]).ceil()
     assert torch.equal(chosen_BT.sum(1).float(), counts_B)
     assert finite(masks.finite(seen["advantage_BT"]))
@@ -147,7 +148,7 @@ def test_scores_do_not_depend_on_micro_batches(
     flags = [*GRADED, "--mask", mask, "--objective", objective, "--micro-batch", rows,
              "--margin-min-entropy", entropy, "--lookahead", "on" if ahead else "off"]
     args = options(*flags)
-    if mask in masks.OWN_ADVANTAGE and objective != "pg":
+    if mask in rivals.OWN_ADVANTAGE and objective != "pg":
         return
     run = bare_run(tiny("qwen3", 1), *flags, vocab_size=VOCABULARY)
     run.teacher, run.vocab_size, run.needs = tiny("qwen3", 2), VOCABULARY, train.needs(args)

@@ -11,6 +11,7 @@ import evaluate
 import harness
 import lgr
 import masks
+import rivals
 import train
 
 LENGTHS = [1, 2, 7, 40, 64, 5]
@@ -70,7 +71,7 @@ def test_iw():
         wanted.append(weights)
     check(masks.apply("iw", seen).keep_BT, wanted, seen)
     seen["advantage_BT"][2] = 0.0  # nothing parts them
-    assert (masks.iw(seen["response_mask_BT"], seen["advantage_BT"])[2, 3:10] == 1.5).all()
+    assert (rivals.iw(seen["response_mask_BT"], seen["advantage_BT"])[2, 3:10] == 1.5).all()
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.33, 1 / 3, 0.9])
@@ -98,10 +99,10 @@ def test_kat():
         wanted.append([i < end for i in range(len(kl))])
         stopped.append(end < len(kl))
     assert stopped == [False, False, False, False, True, False]
-    found = masks.kat(seen["response_mask_BT"], seen["advantage_BT"], kat_tokens=8)
+    found = rivals.kat(seen["response_mask_BT"], seen["advantage_BT"], kat_tokens=8)
     check(found.keep_BT, wanted, seen)
     assert found.released_B.tolist() == stopped
-    assert masks.kat(seen["response_mask_BT"], seen["advantage_BT"], kat_tokens=64).keep_BT.equal(
+    assert rivals.kat(seen["response_mask_BT"], seen["advantage_BT"], kat_tokens=64).keep_BT.equal(
         seen["response_mask_BT"]
     )
 
@@ -118,7 +119,7 @@ def test_overlap():
             weights.append(weight if weight >= 0.6 else 0.0)
         wanted.append(weights)
     assert any(0 < x < 1 for x in wanted[3]) and wanted[4][-1] == 0 and set(wanted[2]) == {1.0}
-    found = masks.overlap(*(seen[k] for k in ("response_mask_BT", "candidate_ids_BTK",
+    found = rivals.overlap(*(seen[k] for k in ("response_mask_BT", "candidate_ids_BTK",
                                               "teacher_ids_BTK")),
                           overlap_tokens=5, overlap_floor=0.6)  # fmt: skip
     check(found, wanted, seen)
@@ -149,7 +150,7 @@ def test_no_teacher():
            for row in zip(advantages, wanted, strict=True)], seen)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", masks.RIVALS)
+@pytest.mark.parametrize("name", rivals.RIVALS)
 def test_rows_alone_decide_and_bad_numbers_stay_out(name):
     """Other rows, more padding, a token that the teacher rules out: nothing else changes."""
     seen = batch()
@@ -168,7 +169,7 @@ def test_rows_alone_decide_and_bad_numbers_stay_out(name):
         torch.testing.assert_close(found.keep_BT[row], whole.keep_BT[row], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", masks.RIVALS)
+@pytest.mark.parametrize("name", rivals.RIVALS)
 def test_a_step_with_each(name):
     """Through the loop: the mask sees the batch as it is, and its advantage is the one used."""
     run = make_run("--toy", "varied", "--steps", "3", "--prompts-per-step", "5", "--method", name,
@@ -195,7 +196,7 @@ def test_a_step_with_each(name):
 
 
 def test_an_advantage_of_its_own_needs_the_policy_gradient():
-    for name in masks.OWN_ADVANTAGE:
+    for name in rivals.OWN_ADVANTAGE:
         with pytest.raises(ValueError, match=f"--mask {name} has its own advantage"):
             train.needs(parse(["--mask", name, "--objective", "rkl"]))
 
