@@ -27,8 +27,8 @@ and of the run:
 
 A signal (SIGTERM, Ctrl-C, SIGHUP) ends a run at once, in the middle of sampling too, except between
 the first change of a weight and the line in the log: there it waits, so that a checkpoint always
-belongs to the last line. Files: cli, flags, data, models, pair, processes, shard, plan, run, log,
-checkpoint, signals; plot and track, to look at a run.
+belongs to the last line. Files: cli, flags, data, models, pair, processes, shard, lora, plan, run,
+log, checkpoint, signals; plot and track, to look at a run.
 """
 
 from fast.decode import decode as fast_decode

@@ -11,6 +11,7 @@ import logprobs
 import teachability
 import toy
 from fast.student import StudentLogProbs
+from harness import lora
 from harness.cli import BIG, tell
 from harness.data import check_fit, download_punkt, from_records, load_problems
 from harness.data import render_prompts, stop_ids
@@ -112,12 +113,16 @@ def open_splitter(kind: str) -> tuple[object, str]:
 
 
 def load_models(run, device) -> None:
-    """Put into `run`: the student in float32, which AdamW needs, teacher, optimizer, schedule."""
+    """Put into `run`: the student, in float32 where AdamW moves it, teacher, optimizer, schedule;
+    `run.model` samples, `run.trained` trains, `run.refresh()` brings the former to the latter."""
     args, prompts = run.args, sum(run.prompts.values(), [])
     run.shards = Shards(args.shard, device, args.dtype)
+    run.refresh = run.shards.refresh
     for flag, path in student_and_teacher(args).items():
         is_student = flag == "--student"
-        dtype = "float32" if is_student else args.teacher_dtype or args.dtype
+        dtype = args.teacher_dtype or args.dtype
+        if is_student:
+            dtype = args.dtype if args.lora_rank else "float32"
         how = {"trust_remote_code": args.trust_remote_code, "allow_bin": args.allow_bin}
         load = functools.partial(load_model, path, dtype=getattr(torch, dtype), **how)
         model = run.shards.load(flag, lambda device, load=load: load(device=device))
@@ -126,6 +131,8 @@ def load_models(run, device) -> None:
             check_sampling(path, model, prompts, args.max_new_tokens)
             run.model = model
             run.trained = run.shards.trained or model
+            if args.lora_rank:
+                run.trained, run.refresh = lora.adapt(model, args.lora_rank, args.seed)
             run.trained.train()  # dropout is 0; checkpointing works in training mode only
         else:
             run.teacher = model.requires_grad_(False)

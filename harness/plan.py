@@ -9,6 +9,8 @@ while it is read, 2 b N_L / L.
 
     student          4 N weights, 8 N moments of AdamW            / P
     copy             b N: what samples, under --shard both
+    --lora-rank r    in their place b N weights, 12 r A for adapters of linear layers that have A
+                     inputs and outputs, a copy b N_A of these layers, 4 r A of gradient
     teacher          b N_L / P + b N_R
     sampling         slots x T x 2 L kv b of cache, at most; logits, slots x V x (b + 20); 16384
                      tokens of prompts x b (6 D + 3 I + 2 q); in bfloat16 the copies of autocast,
@@ -37,6 +39,7 @@ from transformers import AutoModelForCausalLM
 
 from harness.cli import first_line
 from harness.flags import SHARD
+from harness.lora import targets
 from logprobs import DIVERGENCES
 from rollout import PREFILL
 
@@ -54,6 +57,7 @@ def sizes(config) -> SimpleNamespace:
     text, names = config.get_text_config(decoder=True), model._no_split_modules or ()
     layers = [module for module in model.modules() if type(module).__name__ in names]
     in_layers = sum(p.numel() for layer in layers for p in layer.parameters())
+    linear = [module.weight for module in targets(model).values()]
     total, heads = sum(p.numel() for p in model.parameters()), text.num_attention_heads
     each = getattr(text, "head_dim", None) or text.hidden_size // heads
     active = getattr(text, "num_experts_per_tok", None)
@@ -61,6 +65,7 @@ def sizes(config) -> SimpleNamespace:
     inner = inner * active if inner else getattr(text, "intermediate_size", 4 * text.hidden_size)
     kv = each * (getattr(text, "num_key_value_heads", None) or heads)
     return SimpleNamespace(N=total, N_L=in_layers, N_R=total - in_layers, L=max(len(layers), 1),
+                           N_A=sum(w.numel() for w in linear), A=sum(sum(w.shape) for w in linear),
                            D=text.hidden_size, I=inner, q=each * heads, kv=kv,
                            V=text.vocab_size)  # fmt: skip
 
@@ -91,22 +96,25 @@ def peaks(args, P: int, student, teacher, longest: int, K: int) -> dict:
     M = min(max(most, T), rows * T)
     share, head = P if both else 1, (1024 if args.device == "cuda" else 256) * s.V * 12
     gathered = 2 * b_T * t.N_L / t.L if spread > 1 else 0
-    own = (2 * b * s.N_L / s.L + b * s.N_R) if both else (b * s.N if half else 0)
+    rank, cast = args.lora_rank, b * s.N * (half and not both and not args.lora_rank)
+    own = (2 * b * s.N_L / s.L + b * s.N_R) if both else cast
+    trained = rank * s.A if rank else s.N
     fused = b * s.N_L if args.fast == "on" and s.N < 2**30 else 0
-    always = {"student and moments": 12 * s.N / share, "copy that samples": b * s.N * both,
+    always = {"student and moments": 12 * trained / share + b * s.N * (rank > 0),
+              "copy that samples": b * (s.N_A if rank else s.N * both),
               "teacher": b_T * (t.N_L / spread + t.N_R)}  # fmt: skip
     kept = 40 + 8 * K + 4 * args.lgr_top_k * lookahead + 26 * args.union_top_k * topk
     batch = R * T * (kept + t.D * b_T * (args.objective in DIVERGENCES))
     sampling = {"keys and values": slots * T * 2 * s.L * s.kv * b, "rows": R * T * (17 + 8 * K),
                 "logits": slots * s.V * (b + 20),
                 "prompts": min(slots * longest, max(PREFILL, longest)) * width(s, b),
-                "copies": fused + b * s.N * (half and not both)}  # fmt: skip
+                "copies": fused + cast}  # fmt: skip
     leaves = min(args.lgr_nodes, M * args.lgr_top_k)
     scoring = {"rows": batch, "pass": M * width(t, b_T) + gathered,
                "cache": M * 2 * t.L * t.kv * b_T * lookahead,
                "leaves": leaves * (width(t, b_T) + T) * lookahead, "head": head}  # fmt: skip
     held = activations(s, b, args.gradient_checkpointing) + width(s, b)
-    update = {"rows": batch, "gradient": 4 * s.N / share, "weights in use": own, "head": head,
+    update = {"rows": batch, "gradient": 4 * trained / share, "weights in use": own, "head": head,
               "activations": M * held}  # fmt: skip
     return {"always": always, "sampling": sampling, "scoring": scoring, "update": update}
 
@@ -118,14 +126,18 @@ def peak(found: dict) -> float:
 
 
 def levers(args, T: int):
-    """(flags to add, what args become): nothing first, then what costs little, then ever more."""
+    """(flags to add, what args become): nothing first, then what costs little, then ever more;
+    last adapters, which learn something else."""
     b = args.sample_batch
-    for batch, shard, checkpointing, tokens in itertools.product(
-        [n for n in (b, 64, 16, 4, 1) if n <= b], SHARD[SHARD.index(args.shard) :],
-        (args.gradient_checkpointing, True), (args.tokens_per_micro_batch, T),
+    for rank, batch, shard, checkpointing, tokens in itertools.product(
+        (args.lora_rank, args.lora_rank or 32), [n for n in (b, 64, 16, 4, 1) if n <= b],
+        SHARD[SHARD.index(args.shard) :], (args.gradient_checkpointing, True),
+        (args.tokens_per_micro_batch, T),
     ):  # fmt: skip
-        new = {"sample_batch": batch, "shard": shard, "gradient_checkpointing": checkpointing,
-               "tokens_per_micro_batch": tokens}  # fmt: skip
+        if rank and shard == "both":
+            continue
+        new = {"lora_rank": rank, "sample_batch": batch, "shard": shard,
+               "gradient_checkpointing": checkpointing, "tokens_per_micro_batch": tokens}
         words = [f"--{k.replace('_', '-')}" + f" {v}" * (v is not True) for k, v in new.items()
                  if v != getattr(args, k)]  # fmt: skip
         yield " ".join(words), argparse.Namespace(**vars(args) | new)

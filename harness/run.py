@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import teachability
-from harness import checkpoint, flags, log, pair, plan, shard, signals, track
+from harness import checkpoint, flags, log, lora, pair, plan, shard, signals, track
 from harness.cli import first_line, tell
 from harness.data import pad_id
 from harness.processes import Stopwatch, batch_order, gather_objects, my_share, row_generator
@@ -170,7 +170,7 @@ class Run:
             for step in range(position.step, args.steps + 1):
                 self.watch.restart()
                 self.optimizer.zero_grad()  # 4 bytes per parameter, while responses are sampled
-                self.shards.refresh()
+                self.refresh()
                 yield step
         hook.remove()
 
@@ -329,7 +329,7 @@ class Run:
         """Save the student in Hugging Face format and say what came of the run."""
         self.signals.hold()
         out, model = Path(self.args.out), self.model.to(getattr(torch, self.args.save_dtype))
-        self.shards.refresh()  # in that type
+        self.refresh()  # in that type
 
         def fill(folder: Path) -> None:
             model.generation_config.eos_token_id = self.stop_ids  # it stops as it was trained
@@ -393,6 +393,7 @@ def open_run(args, origins, needs, interruptions, claim) -> Run:
     try:
         wanted, _ = needs(args), flags.train_tokens(args, 0)  # the latter may be misspelled
         track.check(args.track)
+        lora.check(args)
         if rank == 0:
             claim.take()
             checkpoint.check_folder(out, args.resume)

@@ -43,6 +43,8 @@ EXEMPT = {
     "harness.open_run harness.written_down harness.end_when_told harness.end_with_error",
     "train models for minutes, or evaluate them all": "toy.fit toy.spoil toy.rebuild "
     "toy.build_world toy.train_models toy.table toy.print_tables",
+    "build and merge a model; test_lora.py compares each with peft": "harness.adapt "
+    "harness.targets",
     "join a process group; test_shard.py runs two and four": "harness.start_processes "
     "harness.Shards harness.whole harness.spread_like harness.in_turn",
     "look at a run; test_track.py compares each with log.jsonl": "harness.check harness.flat "

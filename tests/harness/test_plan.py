@@ -151,7 +151,7 @@ PAPERS = {  # kind, width, layers, inner, heads, KV heads, tied, more: billions 
 
 def test_a_pair_of_the_paper_fits_when_it_is_spread():
     """1.7B from 30B-A3B at 8k tokens: 61 GB of teacher are too much for one card of 80 beside
-    the student's 28, and not where they are spread over eight."""
+    the student's 28, but not beside adapters, nor where they are spread over eight."""
     sizes = []
     for billions, config in PAPERS.values():
         sizes.append(plan.sizes(config))
@@ -159,10 +159,12 @@ def test_a_pair_of_the_paper_fits_when_it_is_spread():
     flags = "--preset release-paper --student x --plan 80 --max-new-tokens 8192".split()
     lines = plan.table(parse(flags), *sizes, 512, 4).splitlines()
     verdicts = dict(line.strip().split(" of 80 GiB: ") for line in lines if " of 80 " in line)
-    assert verdicts["1"] == "nothing makes it fit"
-    assert "--shard" in verdicts["8"]
-    args = parse([*flags, *verdicts["8"].split()])
-    assert plan.peak(plan.peaks(args, 8, *sizes, 512, 4)) < 0.9 * 80 * 2**30
+    assert verdicts["1"].startswith("--lora-rank") and "--shard teacher" in verdicts["8"]
+    for P in (1, 8):
+        args = parse([*flags, *verdicts[str(P)].split()])
+        assert plan.peak(plan.peaks(args, P, *sizes, 512, 4)) < 0.9 * 80 * 2**30
+    args = parse([*flags[:-1], "16384", "--preset", "lgr-paper"])
+    assert plan.fit(args, 1, *sizes, 512, 8) == "nothing makes it fit"
 
 
 def test_it_prints_and_leaves_nothing(capsys, tmp_path, monkeypatch):
