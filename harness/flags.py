@@ -65,7 +65,7 @@ MACHINE = {
         ("--weight-decay", 0.1, ANY, "of matrices"),
         ("--beta1", 0.9, (0, 0.999999), "AdamW"),
         ("--beta2", 0.98, (0, 0.999999), "AdamW"),
-        ("--lora-rank", 0, ANY, "train adapters of this rank, not the weights (peft); 0: off"),
+        ("--lora-rank", 0, (0, 2**14), "adapters of this rank learn, no weights (peft); 0: off"),
         ("--gradient-checkpointing", False, None, "less memory, one more forward"),
     ],
     "machine": [

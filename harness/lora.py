@@ -15,6 +15,8 @@ import importlib.util
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from harness.cli import first_line
+
 
 def check(args) -> None:
     """ValueError unless adapters can be trained."""
@@ -34,17 +36,18 @@ def targets(model) -> dict:
 def adapt(model, rank: int, seed: int):
     """(the model that trains, `merge`): of `model`, which goes on to sample. ValueError: it has no
     linear layers. merge() writes W + 2 B A into `model`; before, it is as it was."""
-    from peft import LoraConfig, inject_adapter_in_model
-
     shared = {id(x): x for x in [*model.parameters(), *model.buffers()]}
     trained, names = copy.deepcopy(model, shared), list(targets(model))
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            inject_adapter_in_model(config, trained)
-        except ValueError as error:
-            raise ValueError(f"--lora-rank {rank}: {type(model).__name__}: {error}") from error
+            from peft import LoraConfig, inject_adapter_in_model
+
+            how = {"r": rank, "lora_alpha": 2 * rank, "target_modules": names}
+            inject_adapter_in_model(LoraConfig(**how), trained)
+        except Exception as error:  # whatever this version of peft makes of that model
+            what = f"--lora-rank {rank}: {type(model).__name__}"
+            raise ValueError(f"{what}: {first_line(error)}") from error
     for parameter in trained.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # AdamW needs it

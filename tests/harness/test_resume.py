@@ -249,6 +249,21 @@ def test_resume_refuses_in_one_line(begun, flags, tmp_path, monkeypatch, capsys)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+def test_a_flag_that_came_after_the_run_began_may_be_left_out(begun, tmp_path):
+    """At its default it is no change; at another value it is, and so is a flag the run had."""
+    place, command = begun
+    shutil.copytree(place, tmp_path / "copy")
+    path = tmp_path / "copy" / "run" / "config.json"
+    config = json.loads(path.read_text())
+    del config["flags"]["lora_rank"], config["flags"]["steps"]
+    path.write_text(json.dumps(config))
+    command = [*command, "--resume", "--steps", "7"]
+    done = forked.run([*command, "--lora-rank", "4"], tmp_path / "copy", fails=True)
+    assert "other flags: --lora-rank None, now 4" in done.stderr
+    assert "resuming from" in forked.run(command, tmp_path / "copy").stderr
+    assert json.loads(path.read_text())["flags"]["lora_rank"] == 0
+
+
 def test_another_number_of_processes_goes_on_and_says_so(whole, tmp_path):
     """Four steps of one process, then two of two: the same samples, so nearly the same log."""
     run("--steps", "4", cwd=tmp_path)
