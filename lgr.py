@@ -209,7 +209,7 @@ def group_reward(confidence_BTK, *, normalize: str = "std", eps: float = 1e-6) -
 
 def difference_reward(confidence_BTK, before_BT) -> torch.Tensor:
     """c_k - c: what candidates add to the teacher's confidence before them; 0 where not triggered
-    (ours). Its expected gradient is that of "mean": c is the same for all of them."""
+    (ours). Were the group the whole vocabulary, its expected gradient would be that of "mean"."""
     return (confidence_BTK - before_BT[..., None]).nan_to_num(nan=0.0)
 
 

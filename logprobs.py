@@ -67,10 +67,8 @@ class StopClass(tuple):
 
 
 class _OverChunks(torch.autograd.Function):
-    """read(logits_CV, *rows_C) -> [C, K] on `chunk` positions at a time -> [N, K].
-
-    torch.utils.checkpoint with the products written out: one float32 gradient of the whole head.
-    """
+    """read(logits_CV, *rows_C) -> [C, K] on `chunk` positions at a time -> [N, K]:
+    torch.utils.checkpoint with the products written out, one float32 gradient of the whole head."""
 
     @staticmethod
     def forward(ctx, read, chunk, temperature, hidden_ND, weight_VD, head_VD, *rows):
@@ -84,7 +82,8 @@ class _OverChunks(torch.autograd.Function):
     def backward(ctx, grad_NK):
         hidden_ND, weight_VD, head_VD, *rows = ctx.saved_tensors
         grad_hidden_ND = torch.zeros_like(hidden_ND)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=(wide := grad_NK.dtype))
+        wide, learns = grad_NK.dtype, ctx.needs_input_grad[4]  # a frozen head does not
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if learns else None
         used_M = (grad_NK != 0).any(dim=1).nonzero()[:, 0]  # elsewhere, 0 * inf would be nan
         for index_C in used_M.split(ctx.chunk):
             hidden_CD = hidden_ND[index_C]
@@ -94,7 +93,8 @@ class _OverChunks(torch.autograd.Function):
             grad_CK = grad_NK[index_C] / ctx.temperature
             grad_CV = torch.autograd.grad(value_CK, logits_CV, grad_CK)[0].to(head_VD.dtype)
             grad_hidden_ND[index_C] = grad_CV @ head_VD
-            grad_weight_VD[: len(head_VD)].addmm_(grad_CV.T.to(wide), hidden_CD.to(wide))
+            if learns:
+                grad_weight_VD[: len(head_VD)].addmm_(grad_CV.T.to(wide), hidden_CD.to(wide))
         return None, None, None, grad_hidden_ND, grad_weight_VD, None, *[None] * len(rows)
 
 

@@ -26,7 +26,7 @@ Controls take apart why the release rule helps: `spend` places as many tokens as
     prefix     the same share of every response: early tokens, but no place found
     shuffled   the release points, permuted over the rollouts: the right places, in the wrong ones
     random     random tokens of the batch: fewer, and nothing else
-    std        before its own change point
+    std        before its own change point, as many
 
 Ours, where the paper is silent: the batch is that of all processes; what is missing to the budget
 is shared out in proportion, what is too much likewise; a rollout not released hands on "all of it".
@@ -105,8 +105,8 @@ def prefix(response_mask_BT, *, prefix_tokens):
 
 
 def finite(advantage_BT):
-    """Where the teacher rules a token out, 0."""
-    return advantage_BT.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    """Where the teacher rules a token out, -100 nats: as good as -inf."""
+    return advantage_BT.nan_to_num(nan=0.0, posinf=0.0, neginf=-100.0)
 
 
 MASKS = {"none": none, "release": release, "std": std, "prefix": prefix}

@@ -32,8 +32,8 @@ def iw(response_mask_BT, advantage_BT, *, iw_max=1.5):
 
 
 def reopold(response_mask_BT, advantage_BT, entropy_BT, progress) -> Mask:
-    """log p_T - log p_S is at least log(0.3 / 0.7). A third of the run tokens below that are left
-    out, then all but the fifth of the highest entropy, of the response (o)."""
+    """log p_T - log p_S is at least log(0.3 / 0.7). In the first third of the run tokens below that
+    are left out; later all but the fifth of the response (o) with the highest entropy."""
     floor = math.log(0.3 / 0.7)
     keep_BT = response_mask_BT & (advantage_BT >= floor)
     if progress >= 1 / 3:
@@ -42,9 +42,9 @@ def reopold(response_mask_BT, advantage_BT, entropy_BT, progress) -> Mask:
 
 
 def kat(response_mask_BT, advantage_BT, *, kat_tokens=32, kat_share=0.1) -> Mask:
-    """Up to the first `kat_tokens` in a row whose KL is below `kat_share` of the response's mean
-    (o): there the models agree, and nothing is left to learn. KL: exp(a) - 1 - a of the sampled
-    token, a = log p_T - log p_S, whose expectation it is (o)."""
+    """Up to and with the first `kat_tokens` in a row whose KL is below `kat_share` of the mean of
+    the response (o): there the models agree, nothing is left to learn. KL: exp(a) - 1 - a of the
+    sampled token, a = log p_T - log p_S, whose expectation it is (o)."""
     a_BT = finite(advantage_BT).where(response_mask_BT, 0.0)
     kl_BT = a_BT.exp() - 1 - a_BT
     mean_B1 = kl_BT.sum(dim=1, keepdim=True) / response_mask_BT.sum(dim=1, keepdim=True)
@@ -59,15 +59,16 @@ def kat(response_mask_BT, advantage_BT, *, kat_tokens=32, kat_share=0.1) -> Mask
 def overlap(
     response_mask_BT, candidate_ids_BTK, teacher_ids_BTK, *, overlap_tokens=16, overlap_floor=0.5
 ):
-    """The lowest so far of the share of the top K that both models have, mean over the last
-    `overlap_tokens` (o), over that of the first ones (o); 0 from where that is below the floor."""
+    """w_t = min over s <= t of o_s / o_n: o_s is the share of the top K that both models have, mean
+    over the n tokens up to s, n = `overlap_tokens` (o). 0 from where w_t is below the floor."""
     both_BTK = (candidate_ids_BTK[..., :, None] == teacher_ids_BTK[..., None, :]).any(dim=-1)
     sum_BT = (both_BTK.float().mean(dim=-1) * response_mask_BT).cumsum(dim=1)
     count_BT, n = response_mask_BT.cumsum(dim=1), overlap_tokens
     mean_BT = (sum_BT - torch.nn.functional.pad(sum_BT, (n, 0))[:, : sum_BT.shape[1]]) / n
     mean_BT = mean_BT.where(response_mask_BT & (count_BT >= n), math.inf)
     first_B1 = mean_BT.where(count_BT == n, math.inf).amin(dim=1, keepdim=True)
-    weight_BT = (mean_BT.cummin(dim=1).values / first_B1).nan_to_num(nan=1.0).clamp(max=1)
+    low_BT = mean_BT.cummin(dim=1).values  # infinite until the first window is full
+    weight_BT = torch.where(low_BT.isinf(), 1.0, low_BT / first_B1.clamp(min=1e-12)).clamp(max=1)
     return response_mask_BT * weight_BT * (weight_BT >= overlap_floor)
 
 

@@ -67,9 +67,9 @@ FLAGS = {
     "release rule": [
         ("--margin-top-k", 4, (2, 10**6), "student candidates that the margin looks at"),
         ("--margin", "logprob", ["logprob", "prob"], "difference of what"),
-        ("--margin-min-entropy", 0.0, ANY, "average tokens above this student entropy, nats"),
+        ("--margin-min-entropy", 0.0, ANY, "average tokens of at least this student entropy, nats"),
         ("--min-segments", 2, COUNT, "sentences on either side of the change point"),
-        ("--bic-eps", 1e-12, POSITIVE, "floor of the residual sum of squares"),
+        ("--bic-eps", 1e-12, POSITIVE, "added to the residual sum of squares"),
         ("--rescale", "batch", ["batch", "sequence", "none"], "scope of the loss mass kept"),
         ("--loss-mean", "token", ["token", "response"], "of tokens, or of responses' means"),
         ("--budget", "release", ["release", "own"], "a control keeps as many, or (std) its own"),

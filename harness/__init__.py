@@ -11,7 +11,7 @@ What train.py touches:
 
 and of the run:
 
-    args, needs, world                            flags, what the methods read, processes
+    args, needs, rank, world                      flags, what the methods read, processes
     model, student, teacher                       `student` gives log-probs of `model`, inside DDP
     tokenizer, splitter, vocab_size, stop_ids, stop_class, pad_id, decode
     optimizer, scheduler, watch                   watch.lap(phase) charges the time to a phase
@@ -20,7 +20,7 @@ and of the run:
     prompts_of(step)                              this process's prompts, number of the first row
     sentences(batch)                              of every response, if a mask asks for them
     skip_overflow(generate), overflow             overflow while sampling: no weight changes
-    generator(stream, first_row)                  random numbers that do not depend on processes
+    generator(stream, first_row, per_row)         random numbers that do not depend on processes
     sum(values), gather(rows)                     over all processes
     autocast(), gradients(last)                   around forward and backward
     log_line(...), give_up_or_skip(...)           what a step says; what a bad one leaves behind

@@ -189,6 +189,8 @@ def check_processes(parser, args) -> None:
         world = int(text) if name == "WORLD_SIZE" else world
     if args.prompts_per_step * args.rollouts_per_prompt < world:
         parser.error(f"--prompts-per-step {args.prompts_per_step} is less than {world} processes")
+    if args.lora_rank and args.shard == "both":
+        parser.error(f"--lora-rank {args.lora_rank} needs --shard none or teacher, not both")
     if args.ood_problems and args.problems and not args.eval_problems:
         parser.error(f"--ood-problems {args.ood_problems} needs --eval-problems")
 

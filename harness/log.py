@@ -138,7 +138,7 @@ def batch_sums(batch, scores, args, segments=None) -> dict[str, float]:
         sums["scored"] += (~sampled_BTK[scores.trigger_BT]).sum()  # the leaves
         trigger_BT = scores.trigger_BT & keep_BT  # a control decides after the lookahead
         sums["triggered"] = trigger_BT.sum()
-        sums["reward"] = scores.reward_BTK[trigger_BT][sampled_BTK[trigger_BT]].sum()
+        sums["bonus"] = scores.gamma * scores.reward_BTK[trigger_BT][sampled_BTK[trigger_BT]].sum()
         sums["group_std"] = scores.spread_BT[trigger_BT].sum()
         sums["flat"] = (scores.spread_BT[trigger_BT] < FLAT).sum()
         sums["outside"] = (~sampled_BTK[trigger_BT].any(dim=-1)).sum()
@@ -172,7 +172,7 @@ def log_line(step, loss, norm, skipped, sums, seconds, args) -> dict:
         line |= {
             "triggered": triggered / tokens, "group_std": per("group_std", triggered),
             "flat_groups": per("flat", triggered),
-            "bonus": args.lgr_gamma * sums["reward"] / triggered if triggered else None,
+            "bonus": per("bonus", triggered),
             "outside_group": per("outside", triggered),
         }  # fmt: skip
     seconds = {name: round(value, 4) for name, value in (seconds | {"total": total}).items()}

@@ -5,7 +5,8 @@ Formulas, in bytes per process. b: 2 with --dtype (of the teacher: --teacher-dty
 T tokens of the longest row; R rows of a step on a process; M tokens of a micro-batch; D width, I
 width of the feed-forward part that a token sees, q and kv widths of queries, keys or values; V
 vocabulary. A model that is spread (--shard) divides what is marked / P, and has two gathered layers
-while it is read, 2 b N_L / L.
+while it is read, 2 b N_L / L. Slots: rows in flight, at most --sample-batch: those of a step or, if
+they are more, of an evaluation.
 
     student          4 N weights, 8 N moments of AdamW            / P
     copy             b N: what samples, under --shard both
@@ -14,7 +15,7 @@ while it is read, 2 b N_L / L.
     teacher          b N_L / P + b N_R
     sampling         slots x T x 2 L kv b of cache, at most; logits, slots x V x (b + 20); 16384
                      tokens of prompts x b (6 D + 3 I + 2 q); in bfloat16 the copies of autocast,
-                     b N, and of fast/decode.py, b N_L below 2^30 parameters
+                     b N; of fast/decode.py, b N_L, in bfloat16 or where N_L is below 2^30
     rows             R x T x (40 + 8 K): ids, log-probs, entropy, masks, scores, K candidates; 4 K
                      more with lookahead, 26 U with a union of U tokens from each model; hidden
                      states, D b more, for rkl, fkl, jsd
@@ -37,6 +38,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM
 
+from fast.decode import MOST_COPIED
 from harness.cli import first_line
 from harness.flags import SHARD
 from harness.lora import targets
@@ -60,9 +62,10 @@ def sizes(config) -> SimpleNamespace:
     linear = [module.weight for module in targets(model).values()]
     total, heads = sum(p.numel() for p in model.parameters()), text.num_attention_heads
     each = getattr(text, "head_dim", None) or text.hidden_size // heads
-    active = getattr(text, "num_experts_per_tok", None)
-    inner = getattr(text, "moe_intermediate_size", None) if active else None
-    inner = inner * active if inner else getattr(text, "intermediate_size", 4 * text.hidden_size)
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    if experts := getattr(text, "num_experts_per_tok", None):  # those that a token sees
+        experts += getattr(text, "n_shared_experts", None) or 0
+        inner = (getattr(text, "moe_intermediate_size", None) or inner) * experts
     kv = each * (getattr(text, "num_key_value_heads", None) or heads)
     return SimpleNamespace(N=total, N_L=in_layers, N_R=total - in_layers, L=max(len(layers), 1),
                            N_A=sum(w.numel() for w in linear), A=sum(sum(w.shape) for w in linear),
@@ -91,7 +94,9 @@ def peaks(args, P: int, student, teacher, longest: int, K: int) -> dict:
     spread = P if args.shard != "none" else 1
     T = longest + args.max_new_tokens
     R = math.ceil(args.prompts_per_step * args.rollouts_per_prompt / P)
-    slots, most = min(args.sample_batch, R), args.tokens_per_micro_batch or R * T
+    evaluates = args.eval_problems is not None or args.problems is None
+    E = math.ceil(args.eval_count / P) * args.eval_samples * evaluates
+    slots, most = min(args.sample_batch, max(R, E)), args.tokens_per_micro_batch or R * T
     rows = min(args.micro_batch or R, R)
     M = min(max(most, T), rows * T)
     share, head = P if both else 1, (1024 if args.device == "cuda" else 256) * s.V * 12
@@ -99,13 +104,14 @@ def peaks(args, P: int, student, teacher, longest: int, K: int) -> dict:
     rank, cast = args.lora_rank, b * s.N * (half and not both and not args.lora_rank)
     own = (2 * b * s.N_L / s.L + b * s.N_R) if both else cast
     trained = rank * s.A if rank else s.N
-    fused = b * s.N_L if args.fast == "on" and s.N < 2**30 else 0
+    fused = b * s.N_L if args.fast == "on" and (cast or s.N_L <= MOST_COPIED) else 0
     always = {"student and moments": 12 * trained / share + b * s.N * (rank > 0),
               "copy that samples": b * (s.N_A if rank else s.N * both),
               "teacher": b_T * (t.N_L / spread + t.N_R)}  # fmt: skip
     kept = 40 + 8 * K + 4 * args.lgr_top_k * lookahead + 26 * args.union_top_k * topk
     batch = R * T * (kept + t.D * b_T * (args.objective in DIVERGENCES))
-    sampling = {"keys and values": slots * T * 2 * s.L * s.kv * b, "rows": R * T * (17 + 8 * K),
+    sampling = {"keys and values": slots * T * 2 * s.L * s.kv * b,
+                "rows": T * max(R * (17 + 8 * K), 25 * min(E, 4 * slots)),
                 "logits": slots * s.V * (b + 20),
                 "prompts": min(slots * longest, max(PREFILL, longest)) * width(s, b),
                 "copies": fused + cast}  # fmt: skip
@@ -126,28 +132,30 @@ def peak(found: dict) -> float:
 
 
 def levers(args, T: int):
-    """(flags to add, what args become): nothing first, then what costs little, then ever more;
-    last adapters, which learn something else."""
-    b = args.sample_batch
+    """(flags to add, what args become): none, then one, two, ... of those that change no result;
+    then the same with adapters, which learn something else."""
+    b, found = args.sample_batch, []
     for rank, batch, shard, checkpointing, tokens in itertools.product(
         (args.lora_rank, args.lora_rank or 32), [n for n in (b, 64, 16, 4, 1) if n <= b],
-        SHARD[SHARD.index(args.shard) :], (args.gradient_checkpointing, True),
-        (args.tokens_per_micro_batch, T),
+        SHARD, (args.gradient_checkpointing, True), (args.tokens_per_micro_batch, T),
     ):  # fmt: skip
-        if rank and shard == "both":
+        spread = "teacher" if rank and args.shard == "both" else args.shard  # at least
+        if SHARD.index(shard) < SHARD.index(spread) or rank and shard == "both":
             continue
         new = {"lora_rank": rank, "sample_batch": batch, "shard": shard,
                "gradient_checkpointing": checkpointing, "tokens_per_micro_batch": tokens}
         words = [f"--{k.replace('_', '-')}" + f" {v}" * (v is not True) for k, v in new.items()
                  if v != getattr(args, k)]  # fmt: skip
-        yield " ".join(words), argparse.Namespace(**vars(args) | new)
+        how_many = (rank != args.lora_rank, len(words), len(found))
+        found.append((how_many, " ".join(words), argparse.Namespace(**vars(args) | new)))
+    return [rest for _, *rest in sorted(found, key=lambda one: one[0])]
 
 
 def fit(args, P: int, *how) -> str:
     """Flags that leave a tenth of --plan's GiB free, "" if none is needed; `how` as in `peaks`."""
     fits = (words for words, new in levers(args, how[2] + args.max_new_tokens)
             if peak(peaks(new, P, *how)) < 0.9 * args.plan * GIB)  # fmt: skip
-    return next(fits, "nothing makes it fit")
+    return next(fits, "none of these flags makes it fit")
 
 
 def table(args, *how) -> str:

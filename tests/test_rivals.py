@@ -107,6 +107,27 @@ def test_kat():
     )
 
 
+def test_models_that_share_nothing_at_first_are_left_out_from_there():
+    """0 over 0: the first window has no id in common, so the floor holds from its end on."""
+    mask_BT = torch.ones(1, 12, dtype=torch.bool)
+    ours, theirs = torch.zeros(1, 12, 2).long(), torch.ones(1, 12, 2).long()
+    theirs[:, 8:] = 0
+    found = rivals.overlap(mask_BT, ours, theirs, overlap_tokens=4)
+    assert found[0].tolist() == [1.0] * 3 + [0.0] * 9
+
+
+def test_a_token_that_the_teacher_rules_out_is_where_they_differ_most():
+    """Not one on which they agree: log p_T is -inf there."""
+    a_BT, mask_BT = torch.full((1, 20), -0.5), torch.ones(1, 20, dtype=torch.bool)
+    a_BT[0, 5] = -torch.inf
+    assert rivals.tip(mask_BT, a_BT, torch.zeros(1, 20), tip_share=0.05)[0].nonzero().item() == 5
+    weights = rivals.iw(mask_BT, a_BT)[0]
+    assert weights[5] > 1.4 and weights[6] < 1.1, "most of what parts them lies before the sixth"
+    a_BT[0, :5], a_BT[0, 6:] = 0.0, 0.0
+    kept = rivals.kat(mask_BT, a_BT, kat_tokens=10).keep_BT[0]
+    assert kept.tolist() == [True] * 16 + [False] * 4, "ten in a row begin after it"
+
+
 def test_overlap():
     seen, wanted = batch(), []
     for _, ours, theirs in rows(seen, "candidate_ids_BTK", "teacher_ids_BTK"):

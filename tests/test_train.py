@@ -183,6 +183,9 @@ def test_reward_and_kl_take_turns():
             A_BT, _ = train.weigh(run, batch, scores, step)
             wanted_BT = gap_BT * (kind in "bk") + 3 * reward_BT * (kind in "br")
             torch.testing.assert_close(A_BT, wanted_BT, rtol=1e-5, atol=1e-6)
+            bonus = harness.log.batch_sums(batch, scores, run.args)["bonus"]  # what the log says
+            total = 3 * reward_BT[scores.trigger_BT].sum().item() * (kind in "br")
+            assert math.isclose(bonus, total, rel_tol=1e-4, abs_tol=1e-3)
 
 
 def teacher_logprobs(run, batch, row):

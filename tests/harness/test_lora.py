@@ -89,8 +89,24 @@ def test_killed_and_resumed_is_bit_for_bit(tmp_path):
 
 
 def test_in_bfloat16_weights_are_held_in_it_and_adapters_in_float32():
-    """Beside the same step with all weights in float32: to the rounding of bfloat16."""
+    """Beside the same step with all weights in float32: to the rounding of bfloat16. What is merged
+    has all of what was learned, on average, also where that is a hundredth of a digit of W."""
     run, batch = stepped("--dtype", "bfloat16", "--gradient-checkpointing", "--method", "release")
+    for p in run.trained.parameters():
+        p.data *= 0.01 if p.requires_grad and p.shape[1] == 4 else 1  # B
+    run.refresh()
+    moved = wanted = nearest = 0.0
+    for name in lora.targets(run.model):
+        plain, layer = run.model.get_submodule(name).weight, run.trained.get_submodule(name)
+        W, delta = layer.get_base_layer().weight.double(), layer.get_delta_weight("default")
+        assert plain.dtype == W.bfloat16().dtype
+        moved += ((plain.double() - W) * delta).sum().item()
+        wanted += delta.double().square().sum().item()
+        nearest += (((W.float() + delta).bfloat16().double() - W) * delta).sum().item()
+    assert 0.5 * wanted < moved < 1.5 * wanted and nearest < 0.5 * wanted
+    for p in run.trained.parameters():
+        p.data *= 100 if p.requires_grad and p.shape[1] == 4 else 1
+    run.refresh()
     kinds = {p.dtype for p in run.trained.parameters() if p.requires_grad}
     assert kinds == {torch.float32} and run.model.dtype == torch.bfloat16
     mask_BT = batch.response_mask_BT
@@ -150,7 +166,7 @@ def test_what_it_cannot_do_is_told_before_models_load(monkeypatch, capsys, tmp_p
     monkeypatch.chdir(tmp_path)
     for flags, missing, wanted in (
         (("--lora-rank", "4"), True, "--lora-rank 4: pip install peft"),
-        (("--lora-rank", "4", "--shard", "both"), False, "--lora-rank needs --shard none"),
+        (("--lora-rank", "4", "--shard", "both"), False, "--lora-rank 4 needs --shard none"),
         (("--lora-rank", "-1"), False, "--lora-rank"),
     ):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:

@@ -6,14 +6,22 @@ import forked
 import pytest
 import torch
 from runs import make_run, parse
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    DeepseekV3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 import rollout
 import train
 from harness import plan
 
 SIZE = ["--toy", "fork", "--difficulty", "3", "--prompts-per-step", "6", "--steps", "1",
-        "--micro-batch", "0", "--tokens-per-micro-batch", "100000"]  # fmt: skip
+        "--micro-batch", "0", "--tokens-per-micro-batch", "100000", "--eval-count", "1",
+        "--eval-samples", "3"]  # fmt: skip
 
 
 def stored(tensors) -> int:
@@ -164,7 +172,55 @@ def test_a_pair_of_the_paper_fits_when_it_is_spread():
         args = parse([*flags, *verdicts[str(P)].split()])
         assert plan.peak(plan.peaks(args, P, *sizes, 512, 4)) < 0.9 * 80 * 2**30
     args = parse([*flags[:-1], "16384", "--preset", "lgr-paper"])
-    assert plan.fit(args, 1, *sizes, 512, 8) == "nothing makes it fit"
+    assert plan.fit(args, 1, *sizes, 512, 8) == "none of these flags makes it fit"
+
+
+def test_experts_that_a_token_sees_are_counted():
+    """Their width times their number, wherever a config keeps it; beside experts for all tokens."""
+    small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    configs = {
+        48: MixtralConfig(**small, intermediate_size=24, num_experts_per_tok=2,
+                          num_local_experts=4, num_key_value_heads=1),
+        60: DeepseekV3Config(**small, intermediate_size=99, moe_intermediate_size=20,
+                             num_experts_per_tok=2, n_shared_experts=1, n_routed_experts=4,
+                             n_group=1, topk_group=1, first_k_dense_replace=0),
+        16: Qwen3MoeConfig(**small, moe_intermediate_size=8, num_experts_per_tok=2, num_experts=4),
+        36: LlamaConfig(**small, intermediate_size=36),
+    }  # fmt: skip
+    for width, config in configs.items():
+        assert plan.sizes(config).I == width, config.model_type
+
+
+def test_an_evaluation_may_need_more_slots_than_a_step():
+    run, more = make_run(*SIZE), ["--eval-count", "40", "--eval-samples", "2", "--sample-batch"]
+    few = planned(run)[0]["sampling"]["logits"]  # a row per slot
+    for flags, slots in (([100], 80), ([30], 30), ([100, "--problems", "x.jsonl"], 6)):
+        run.args = parse([*SIZE[:-4], *more, *flags])  # the last has none to evaluate on
+        assert planned(run)[0]["sampling"]["logits"] / few == pytest.approx(slots / 6)
+
+
+def test_what_decoding_copies():
+    """fast/decode.py fuses what is cast anyway, however large, and else what is small."""
+    run = make_run(*SIZE)
+    s, t = (plan.sizes(run.configs[flag]) for flag in ("--student", "--teacher"))
+    for N_L, dtype, copied in ((100, "float32", 4), (2**31, "float32", 0), (2**31, "bfloat16", 2)):
+        s.N_L, s.N = N_L, N_L + 99
+        found = plan.peaks(parse([*SIZE, "--dtype", dtype]), 1, s, t, 9, 4)
+        cast = 2 * s.N if dtype == "bfloat16" else 0
+        assert found["sampling"]["copies"] - cast == copied * s.N_L
+
+
+def test_flags_that_fit_are_few_and_keep_to_what_is_given():
+    args = parse("--student x --plan 80 --preset lgr-paper".split())
+    found = plan.levers(args, 10000)
+    counts = [(new.lora_rank, len(words.split(" --")) if words else 0) for words, new in found]
+    assert counts == sorted(counts) and counts[0] == (0, 0)
+    assert {new.lora_rank for _, new in found} == {0, 32}
+    assert not [new for _, new in found if new.lora_rank and new.shard == "both"]
+    spread = parse([*"--student x --plan 80 --preset lgr-paper --shard both".split()])
+    assert {new.shard for _, new in plan.levers(spread, 10000) if new.lora_rank} == {"teacher"}
+    own = parse([*"--student x --plan 80 --preset lgr-paper --lora-rank 4".split()])
+    assert {new.lora_rank for _, new in plan.levers(own, 10000)} == {4}
 
 
 def test_it_prints_and_leaves_nothing(capsys, tmp_path, monkeypatch):
