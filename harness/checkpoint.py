@@ -340,11 +340,10 @@ def set_random_state(state: dict) -> None:
 
 
 def _distinct(model) -> dict:
-    """Its state, or what is trained of it if that is not all; of tied weights the first name only:
-    safetensors stores no tensor twice."""
+    """Its state, of a model with adapters theirs; of tied weights the first name only: safetensors
+    stores no tensor twice."""
     first, tensors = {}, model.state_dict(keep_vars=True)
-    if not all(parameter.requires_grad for parameter in model.parameters()):
-        tensors = {name: x for name, x in tensors.items() if x.requires_grad}
+    tensors = {name: x for name, x in tensors.items() if ".lora_" in name} or tensors
     for name, tensor in tensors.items():
         place = id(tensor) if isinstance(tensor, DTensor) else tensor.data_ptr()
         first.setdefault((place, tensor.shape) if tensor.numel() else name, name)

@@ -84,6 +84,10 @@ MACHINE = {
 # What a resumed run may change: but for where it ends, and rounding, nothing depends on these.
 MAY_CHANGE = ("out plan preset resume shard steps checkpoint_every max_skipped_steps timeout "
               "track").split()  # fmt: skip
+# What runs did that began before a flag came: they go on with it.
+BEFORE = {"lora_rank": 0, "lgr_entropy_top_k": 0, "lgr_alternate": 0, "lgr_shape": "group",
+          "loss_mean": "token", "stop_class": "off", "teacher_dtype": None, "train_tokens": None,
+          "plan": 0.0, "shard": "none", "track": None}  # fmt: skip
 
 
 def add_flags(group, rows) -> None:

@@ -142,7 +142,7 @@ def surroundings(device: str) -> dict:
     on_gpu = device.startswith("cuda")
     name = torch.cuda.get_device_name(device) if on_gpu else platform.processor()
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "numpy", "math-verify"):
+    for package in ("torch", "transformers", "numpy", "math-verify", "peft"):
         versions[package] = None
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)

@@ -266,8 +266,7 @@ class Run:
             return None
         fixed = self.needs.progress or "-" in (self.args.train_tokens or "")
         may_change = [name for name in flags.MAY_CHANGE if name != "steps" or not fixed]
-        may_change += [name for name, origin in self.origins.items()  # it began before they came
-                       if origin == "default" and name not in config["flags"]]  # fmt: skip
+        config["flags"] = flags.BEFORE | config["flags"]
         if changed := checkpoint.changed_flags(config, vars(self.args), may_change):
             raise ValueError(f"--resume: {out} is a run with other flags: {'; '.join(changed)}")
         if config.get("problems_sha256") != self.fingerprint():

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +60,12 @@ def finish(process, place, seconds=240):
         stdout=(place / "out").read_text() if (place / "out").exists() else "",
         stderr=(place / "err").read_text() if (place / "err").exists() else "",
     )
+
+
+def finish_all(started, seconds=240):
+    """Several, within so many seconds in all: fewer than a test may take."""
+    end = time.monotonic() + seconds
+    return [finish(*one, max(0, end - time.monotonic())) for one in started]
 
 
 def run(argv, cwd, code="", fails=False):

@@ -44,7 +44,7 @@ EXEMPT = {
     "train models for minutes, or evaluate them all": "toy.fit toy.spoil toy.rebuild "
     "toy.build_world toy.train_models toy.table toy.print_tables",
     "build and merge a model; test_lora.py compares each with peft": "harness.adapt "
-    "harness.targets",
+    "harness.targets harness.round_in_proportion",
     "join a process group; test_shard.py runs two and four": "harness.start_processes "
     "harness.Shards harness.whole harness.spread_like harness.in_turn",
     "look at a run; test_track.py compares each with log.jsonl": "harness.check harness.flat "

@@ -548,7 +548,7 @@ def test_two_processes_repeat_one_process(method, tmp_path):
         run_command(*torchrun, *flags, "--out", "two", cwd=tmp_path)
     else:
         ranks = forked.start_ranks([*flags, "--out", "two"], tmp_path)
-        assert [forked.finish(*rank).returncode for rank in ranks] == [0, 0]
+        assert [one.returncode for one in forked.finish_all(ranks)] == [0, 0]
     (one, one_eval), (two, two_eval) = (read_log(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):

@@ -137,7 +137,7 @@ train.update = counted
 def test_what_is_spread_is_what_it_takes(tmp_path):
     flags = [*SIZE, "--method", "lgr", "--shard", "both"]
     started = forked.start_ranks([*flags, "--out", "run"], tmp_path, SPREAD)
-    assert {forked.finish(*one).returncode for one in started} == {0}
+    assert {one.returncode for one in forked.finish_all(started)} == {0}
     counted = [json.loads((tmp_path / f"counted-{rank}.json").read_text()) for rank in (0, 1)]
     found, _ = planned(make_run(*flags), P=2)
     parts = found["always"] | found["update"]

@@ -54,7 +54,7 @@ def start_ranks(code, cwd, *flags, out="run"):
 
 def ranks(code, cwd, *flags, out="run"):
     """Both of them to their end: [(exit code, stderr)]."""
-    done = [forked.finish(*started, 120) for started in start_ranks(code, cwd, *flags, out=out)]
+    done = forked.finish_all(start_ranks(code, cwd, *flags, out=out), 120)
     return [(one.returncode, one.stderr) for one in done]
 
 
@@ -138,7 +138,7 @@ def test_two_processes_stop_and_resume(tmp_path):
     assert len(checkpoint.read(path).facts["position"]["random"]) == 2
     for name in ("whole", "run"):
         started = forked.start_ranks([*FLAGS, *more, "--out", name], tmp_path)
-        assert {forked.finish(*one, 120).returncode for one in started} == {0}
+        assert {one.returncode for one in forked.finish_all(started, 120)} == {0}
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
@@ -250,17 +250,23 @@ def test_resume_refuses_in_one_line(begun, flags, tmp_path, monkeypatch, capsys)
 
 
 def test_a_flag_that_came_after_the_run_began_may_be_left_out(begun, tmp_path):
-    """At its default it is no change; at another value it is, and so is a flag the run had."""
+    """Where its default is what runs did before; else it must be given, and is named."""
     place, command = begun
     shutil.copytree(place, tmp_path / "copy")
     path = tmp_path / "copy" / "run" / "config.json"
     config = json.loads(path.read_text())
-    del config["flags"]["lora_rank"], config["flags"]["steps"]
+    for name in ("lora_rank", "stop_class", "steps"):
+        del config["flags"][name]
     path.write_text(json.dumps(config))
     command = [*command, "--resume", "--steps", "7"]
-    done = forked.run([*command, "--lora-rank", "4"], tmp_path / "copy", fails=True)
-    assert "other flags: --lora-rank None, now 4" in done.stderr
-    assert "resuming from" in forked.run(command, tmp_path / "copy").stderr
+    for flags, culprit in (
+        (["--lora-rank", "4", "--stop-class", "off"], "other flags: --lora-rank 0, now 4"),
+        ([], "other flags: --stop-class off, now on"),
+    ):
+        done = forked.run([*command, *flags], tmp_path / "copy", fails=True)
+        assert culprit in done.stderr
+    done = forked.run([*command, "--stop-class", "off"], tmp_path / "copy")
+    assert "resuming from" in done.stderr
     assert json.loads(path.read_text())["flags"]["lora_rank"] == 0
 
 
@@ -498,7 +504,7 @@ def test_of_several_starts_one_writes_while_it_still_loads(flags, whole, tmp_pat
     while first[0].exitcode is None and not (tmp_path / "loading").exists():
         time.sleep(0.01)
     others = [forked.start([*FLAGS, "--out", "run", *flags], tmp_path, FEW) for _ in range(2)]
-    for done in [forked.finish(*other) for other in others]:
+    for done in forked.finish_all(others):
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert "--out run: another process is writing this run" in done.stderr
     (tmp_path / "go").touch()

@@ -34,7 +34,7 @@ KEYS = ("loss reverse_kl entropy kept grad_norm triggered group_std bonus flat_g
 def ranks(world, cwd, *flags, code=""):
     """A run in so many processes, to its end."""
     started = forked.start_ranks([*FORK, *map(str, flags)], cwd, FEW + code, world)
-    done = [forked.finish(*one, 240) for one in started]
+    done = forked.finish_all(started)
     assert {one.returncode for one in done} == {0}, [one.stderr[-2000:] for one in done]
     return done
 
@@ -103,7 +103,7 @@ def interrupted(cwd, number, *flags):
     wait_for(cwd / "run" / "log.jsonl", 3, [process.is_alive for process, _ in started])
     for process, _ in started:
         os.kill(process.pid, number)
-    return [forked.finish(*one, 60) for one in started]
+    return forked.finish_all(started, 60)
 
 
 FINE = """
@@ -199,7 +199,7 @@ train.harness.pair.load_model = load
 def test_a_model_that_one_process_cannot_load_ends_all_in_one_line(tmp_path):
     flags = [*FORK, "--shard", "both", "--timeout", "30", "--out", "run"]
     started = forked.start_ranks(flags, tmp_path, FEW + BROKEN)
-    done = [forked.finish(*one, 60) for one in started]
+    done = forked.finish_all(started, 60)
     assert [one.returncode for one in done] == [2, 2]
     assert "rank 1: " in done[0].stderr and ": torn" in done[0].stderr
     assert not (tmp_path / "run").exists()
@@ -232,7 +232,7 @@ def test_a_step_of_long_responses_stays_within_the_plan(tmp_path):
              "--lgr-tau", 5.7, "--shard", "both", "--threads", 1, "--out", "run"]  # fmt: skip
     flags = [str(x) for x in flags]
     started = forked.start_ranks(flags, tmp_path, LONG)
-    done = [forked.finish(*one, 1800) for one in started]
+    done = forked.finish_all(started, 1800)
     assert {one.returncode for one in done} == {0}, [one.stderr[-2000:] for one in done]
     (line,), _ = read_log(tmp_path / "run")
     assert line["response_tokens"] == T and line["triggered"] > 0.05
