@@ -104,9 +104,9 @@ def prefix(response_mask_BT, *, prefix_tokens):
     return first_tokens(torch.full((len(response_mask_BT),), prefix_tokens), response_mask_BT)
 
 
-def finite(advantage_BT):
-    """Where the teacher rules a token out, -100 nats: as good as -inf."""
-    return advantage_BT.nan_to_num(nan=0.0, posinf=0.0, neginf=-100.0)
+def finite(advantage_BT, ruled_out=0.0):
+    """`ruled_out` where the teacher gives a token no probability at all."""
+    return advantage_BT.nan_to_num(nan=0.0, posinf=0.0, neginf=ruled_out)
 
 
 MASKS = {"none": none, "release": release, "std": std, "prefix": prefix}

@@ -21,11 +21,12 @@ import torch
 import masks
 from masks import Mask, finite
 
+FAR = -100.0  # nats: log p_T - log p_S where p_T is 0; on nothing do the models differ more
 
 def iw(response_mask_BT, advantage_BT, *, iw_max=1.5):
     """A soft release: 1 + (iw_max - 1)(1 - F), F the share of the response's |log p_T - log p_S|
     that lies before the token."""
-    drift_BT = finite(advantage_BT).abs() * response_mask_BT
+    drift_BT = finite(advantage_BT, FAR).abs() * response_mask_BT
     before_BT = drift_BT.cumsum(dim=1) - drift_BT
     share_BT = before_BT / drift_BT.sum(dim=1, keepdim=True).clamp(min=1e-12)
     return response_mask_BT * (1 + (iw_max - 1) * (1 - share_BT))
@@ -45,7 +46,7 @@ def kat(response_mask_BT, advantage_BT, *, kat_tokens=32, kat_share=0.1) -> Mask
     """Up to and with the first `kat_tokens` in a row whose KL is below `kat_share` of the mean of
     the response (o): there the models agree, nothing is left to learn. KL: exp(a) - 1 - a of the
     sampled token, a = log p_T - log p_S, whose expectation it is (o)."""
-    a_BT = finite(advantage_BT).where(response_mask_BT, 0.0)
+    a_BT = finite(advantage_BT, FAR).where(response_mask_BT, 0.0)
     kl_BT = a_BT.exp() - 1 - a_BT
     mean_B1 = kl_BT.sum(dim=1, keepdim=True) / response_mask_BT.sum(dim=1, keepdim=True)
     low_BT = response_mask_BT & (kl_BT < kat_share * mean_B1)
@@ -75,7 +76,7 @@ def overlap(
 def tip(response_mask_BT, advantage_BT, entropy_BT, *, tip_share=0.5):
     """The share of the response with the highest 1 - (1 - h)(1 - d): the entropy, and |log p_T -
     log p_S| (o), each over the largest of the response."""
-    parts = (entropy_BT * response_mask_BT, finite(advantage_BT).abs() * response_mask_BT)
+    parts = (entropy_BT * response_mask_BT, finite(advantage_BT, FAR).abs() * response_mask_BT)
     h_BT, d_BT = (x / x.amax(dim=1, keepdim=True).clamp(min=1e-12) for x in parts)
     return highest(1 - (1 - h_BT) * (1 - d_BT), response_mask_BT, tip_share)
 

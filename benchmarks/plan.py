@@ -58,7 +58,7 @@ def main(argv=()) -> None:
         K = max(train.needs(args).candidates.values())
         how, cells = (sizes[student], sizes[teacher], PROMPT, K), []
         for P in plan.PROCESSES:
-            peak = plan.peak(plan.peaks(args, P, *how)) / plan.GIB
+            peak = round(plan.peak(plan.peaks(args, P, *how)) / plan.GIB, 1)  # as in the JSON
             add = plan.fit(args, P, *how).replace("--tokens-per-micro-batch", "--tokens..")
             cells.append(f"{peak:.0f}; {add or 'fits'}")
             last[f"{student} from {teacher}, {args.max_new_tokens}, {args.method}, {P}"] = peak

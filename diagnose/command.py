@@ -25,9 +25,9 @@ SHARED = (
 METHODS = [
     ("--margin-top-k", 4, (2, MANY), "student candidates that the margin looks at"),
     ("--margin", "logprob", ["logprob", "prob"], "difference of what"),
-    ("--margin-min-entropy", 0.0, ANY, "average tokens above this student entropy, nats"),
+    ("--margin-min-entropy", 0.0, ANY, "average tokens of at least this student entropy, nats"),
     ("--min-segments", 2, COUNT, "sentences on either side of the change point"),
-    ("--bic-eps", 1e-12, POSITIVE, "floor of the residual sum of squares"),
+    ("--bic-eps", 1e-12, POSITIVE, "added to the residual sum of squares"),
     ("--lgr-tau", 0.2, ANY, "look ahead above this student entropy, nats"),
     ("--lgr-top-k", 8, (2, MANY), "student candidates in a group"),
 ]

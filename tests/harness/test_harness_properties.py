@@ -405,7 +405,8 @@ def test_a_machine_without_git_or_data_is_described_and_refused_what_it_lacks(gi
         facts = strict(harness.surroundings("cpu"))
     assert list(facts) == ["commit", "device", "threads", "versions", "started"]
     assert facts["device"] and facts["threads"] == torch.get_num_threads()
-    assert list(facts["versions"]) == ["python", "torch", "transformers", "numpy", "math-verify"]
+    packages = ["python", "torch", "transformers", "numpy", "math-verify", "peft"]
+    assert list(facts["versions"]) == packages
     assert git or facts["commit"] is None
 
 
