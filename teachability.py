@@ -40,15 +40,15 @@ ABBREVIATIONS = """e.g i.e cf viz eq eqs fig figs ref refs thm vs approx resp w.
 END, QUOTE = "。｡！？।॥؟۔։།።፧។៕။", r"\"'”’»)\]}」』】〕〉》）］｝"
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # kana, Han, Hangul
 THAI = "\u0e01-\u0e2e\u0e30-\u0e45\u0e47-\u0e4e\u0e81-\u0ec4\u0ec8-\u0ece"  # no ๆ, ฯ
-FENCED = re.compile(r"""(?mx)
-    (?s: \$\$ (?: (?!\$\$|\n[ \t]*+\n). )++ \$\$ | \\\[ (?: (?!\\[\[\]]|\n[ \t]*+\n). )++ \\\]
-      | \\begin\{(\w++\*?)\} (?: (?!\\begin|\\end|\n[ \t]*+\n). )++ \\end\{\1\} )
-  | ^[ \t]*+ ```++ [^`\n]*+$ (?: \n(?![ \t]*+```).* )*+ (?: \n.* )?  # closed, or to the end
-  | ^[ \t]*+ \|.* (?: \n[ \t]*+\|.* )++
+FENCED = re.compile(r"""(?mx)  # no possessive group: Python below 3.11.5 matches it wrongly
+    (?s: \$\$ (?: (?!\$\$|\n[ \t]*+\n). )+ \$\$ | \\\[ (?: (?!\\[\[\]]|\n[ \t]*+\n). )+ \\\]
+      | \\begin\{(\w++\*?)\} (?: (?!\\begin|\\end|\n[ \t]*+\n). )+ \\end\{\1\} )
+  | ^[ \t]*+ ```++ [^`\n]*+$ (?: \n(?![ \t]*+```).* )* (?: \n.* )?  # closed, or to the end
+  | ^[ \t]*+ \|.* (?: \n[ \t]*+\|.* )+
   | ^[ \t>*_\#-]*+ \d{1,3} [.．](?!\d) | (?<=[.!?])[*_]++(?!\w)""")
 CUT = re.compile(rf"""(?x) (?:
     \n (?=[^\w\n]*+\w) (?! (?<=[^\n]{{39}}[^X\n]\n) [ \t]*+[a-z][a-z] )
-  | (?: (?:[{END}]|．(?!\d)) [{END}．.!?‥…]*+ [{QUOTE}]*+ (?: [*_]++(?!\w) )? )++ [，、；：،,;:]*+
+  | (?: (?:[{END}]|．(?!\d)) [{END}．.!?‥…]*+ [{QUOTE}]*+ (?: [*_]++(?!\w) )? )+ [，、；：،,;:]*+
   | (?<![‥…]) (?: [‥…]++ | (?<=[{CJK}$)}}）])[.!?]++ ) [{QUOTE}]*+ (?=[{CJK}])
   | (?<=[{THAI}]) [ \t]++ (?=[{THAI}]) | (?<=[.!?])X++(?!\w) ) \s*+""")
 BLOCK = 32  # tokens, of which every prefix is decoded where their texts do not add up

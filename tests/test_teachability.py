@@ -284,6 +284,12 @@ HAND_SPLIT = {  # a bar where a sentence ends
 }
 
 
+def test_no_group_of_a_pattern_is_possessive():
+    """Python 3.11.0 to 3.11.4 matches `(?:..)++` wrongly where the group backtracks (gh-106052)."""
+    for pattern in (teachability.FENCED.pattern, teachability.CUT.pattern):
+        assert not re.search(r"\)[*+?]\+|\(\?>", pattern)
+
+
 @pytest.mark.parametrize("name", HAND_SPLIT)
 def test_blocks_against_texts_split_by_hand(name):
     splitter, what = sentence_splitter("blocks")
