@@ -18,8 +18,7 @@ import math
 
 import torch
 
-import masks
-from masks import Mask, finite
+from masks import MASKS, Mask, finite
 
 FAR = -100.0  # nats: log p_T - log p_S where p_T is 0; on nothing do the models differ more
 
@@ -105,4 +104,4 @@ def highest(score_BT, response_mask_BT, share):
 RIVALS = {"iw": iw, "reopold": reopold, "kat": kat, "overlap": overlap, "tip": tip,
           "no_teacher": no_teacher}  # fmt: skip
 OWN_ADVANTAGE = ("reopold", "no_teacher")
-masks.MASKS |= RIVALS
+MASKS.update(RIVALS)

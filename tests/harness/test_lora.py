@@ -43,8 +43,6 @@ def test_what_samples_is_what_trains(method, fast):
     gradients, and what is not a linear layer is one tensor in both."""
     run, batch = stepped("--method", method, "--fast", fast)
     mask_BT = batch.response_mask_BT
-    args = run.args
-    args.objective = "pg"  # of rkl, too, the log-probs
     ours_BT = run.student(batch.ids_BT, mask_BT)
     assert torch.allclose(ours_BT[mask_BT], batch.logp_BT[mask_BT], atol=2e-5)
     trained = {name: p for name, p in run.trained.named_parameters() if p.requires_grad}
@@ -98,7 +96,7 @@ def test_killed_and_resumed_is_bit_for_bit(tmp_path):
 def test_in_bfloat16_weights_are_held_in_it_and_adapters_in_float32():
     """Beside the same step with all weights in float32: to the rounding of bfloat16. What is merged
     has all of what was learned, on average, also where that is a hundredth of a digit of W."""
-    run, batch = stepped("--dtype", "bfloat16", "--gradient-checkpointing", "--method", "release")
+    run, _ = stepped("--dtype", "bfloat16", "--gradient-checkpointing", "--method", "release")
     for p in run.trained.parameters():
         p.data *= 0.01 if p.requires_grad and p.shape[1] == 4 else 1  # B
     run.refresh()
